@@ -1,0 +1,166 @@
+#include "pygen/affine_step.h"
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/MemoryOverlap.h>
+#include <torch/library.h>
+
+#include "operands.h"
+
+namespace pygen {
+namespace {
+
+constexpr const char* kOp = "affine_step";
+
+// What a row reads must be there: said here, by name, before anything runs.
+void check_row(const AffineStepArgs& args, int64_t index) {
+  TORCH_CHECK_INDEX(index >= 0 && index < args.n_rows, kOp, ": rows holds ", index, ", but the table has ", args.n_rows,
+                    " rows");
+  const double* row = args.table + index * args.table_stride;
+  const bool second = args.second.data != nullptr || args.term[kTermMask].data != nullptr;
+  const auto read = [&](Column first, Column other) { return row[first] != 0.0 || (second && row[other] != 0.0); };
+  const bool pred = args.pred.data != nullptr || read(kPred0, kPred1);
+  TORCH_CHECK_VALUE(args.term[kTermCond].data != nullptr || !(read(kOut0, kOut1) || (pred && row[kPredOut] != 0.0)),
+                    kOp, ": row ", index, " reads the model output, and model_output is None");
+  TORCH_CHECK_VALUE(args.seed != nullptr || args.term[kTermNoise].data != nullptr || !read(kNoise0, kNoise1), kOp,
+                    ": row ", index, " adds noise: give seed or noise");
+}
+
+void affine_step_cpu(const at::Tensor& x, const std::optional<at::Tensor>& model_output, const at::Tensor& table,
+                     const at::Tensor& rows, const std::optional<at::Tensor>& uncond, at::TensorList history,
+                     const std::optional<at::Tensor>& noise, const std::optional<at::Tensor>& noise_scale,
+                     const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& scale,
+                     const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& sample_ids,
+                     const at::Tensor& out, const std::optional<at::Tensor>& pred,
+                     const std::optional<at::Tensor>& second) {
+  // Check.
+  const int64_t n_history = static_cast<int64_t>(history.size());
+  const int64_t columns = kHistory + 2 * n_history;
+  TORCH_CHECK_VALUE(x.dim() >= 1, kOp, ": x must begin with the batch, got a scalar");
+  TORCH_CHECK_VALUE(n_history <= kMaxHistory, kOp, ": history holds ", n_history, " tensors, more than ", kMaxHistory);
+  check_index(kOp, "table", table, at::kDouble);
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == columns && (table.stride(1) == 1 || table.size(0) == 0), kOp,
+                    ": table must have shape (rows, ", columns, ") for ", n_history, " history terms, got ",
+                    table.sizes());
+  check_index(kOp, "rows", rows, at::kLong);
+  const bool one_row = rows.numel() == 1;
+  TORCH_CHECK_VALUE(one_row || (rows.dim() <= 2 && rows.dim() <= x.dim() &&
+                                rows.sizes() == x.sizes().slice(0, rows.dim())),
+                    kOp, ": rows must hold one index, one per sample or one per (sample, token); got shape ",
+                    rows.sizes(), " for x of shape ", x.sizes());
+  TORCH_CHECK_VALUE(!uncond.has_value() || model_output.has_value(), kOp, ": uncond needs model_output");
+  TORCH_CHECK_VALUE(!(noise.has_value() && seed.has_value()), kOp, ": give noise or seed, not both");
+  if (seed.has_value()) {
+    check_index(kOp, "seed", *seed, at::kLong);
+    TORCH_CHECK_VALUE(seed->numel() == 1, kOp, ": seed must hold one number, got shape ", seed->sizes());
+  }
+  if (sample_ids.has_value()) {
+    check_index(kOp, "sample_ids", *sample_ids, at::kLong);
+    TORCH_CHECK_VALUE(sample_ids->dim() == 1 && sample_ids->size(0) == x.size(0), kOp,
+                      ": sample_ids must have shape (", x.size(0), ",), got ", sample_ids->sizes());
+  }
+  if (scale.has_value()) {
+    check_index(kOp, "scale", *scale, at::kFloat);
+    TORCH_CHECK_VALUE(scale->dim() == 2 && scale->size(0) == x.size(0) && scale->size(1) == columns, kOp,
+                      ": scale must have shape (", x.size(0), ", ", columns, "), got ", scale->sizes());
+  }
+
+  // Describe. A single row without anything per sample lets the batch merge with the rest.
+  const bool per_sample = !one_row || seed.has_value() || scale.has_value();
+  const int64_t leading = per_sample ? std::max<int64_t>(1, one_row ? 1 : rows.dim()) : 0;
+  c10::SmallVector<int64_t, kMaxDims> dims;
+  for (int64_t d = 0; d < 2; ++d) dims.push_back(d < leading ? d : -1);
+  for (int64_t d = leading; d < x.dim(); ++d) dims.push_back(d);
+  IterationSpace space(x.sizes(), dims, /*leading=*/2, /*keep_order=*/seed.has_value());
+
+  AffineStepArgs args{};
+  c10::SmallVector<at::Tensor, kMaxTerms> inputs;  // keeps expanded views alive
+  inputs.reserve(kMaxTerms);
+  const auto add_input = [&](int term, const char* name, const at::Tensor& tensor, bool allow_bool = false) {
+    check_no_grad(kOp, name, tensor);
+    const DType dtype = kernel_dtype(kOp, name, tensor, allow_bool);
+    if (tensor.sizes() == x.sizes()) {
+      space.add(args.term[term], dtype, tensor);
+      return;
+    }
+    TORCH_CHECK_VALUE(at::is_expandable_to(tensor.sizes(), x.sizes()), kOp, ": ", name, " of shape ", tensor.sizes(),
+                      " does not broadcast to x of shape ", x.sizes());
+    space.add(args.term[term], dtype, inputs.emplace_back(tensor.expand(x.sizes())));
+  };
+  const auto add_output = [&](Operand& operand, const char* name, const at::Tensor& tensor) {
+    TORCH_CHECK_VALUE(tensor.sizes() == x.sizes(), kOp, ": ", name, " must have x's shape ", x.sizes(), ", got ",
+                      tensor.sizes());
+    check_no_grad(kOp, name, tensor);
+    at::assert_no_internal_overlap(tensor);
+    space.add(operand, kernel_dtype(kOp, name, tensor), tensor);
+  };
+  add_output(args.next, "out", out);
+  add_input(kTermX, "x", x);
+  if (model_output.has_value()) add_input(kTermCond, "model_output", *model_output);
+  if (uncond.has_value()) add_input(kTermUncond, "uncond", *uncond);
+  if (noise.has_value()) add_input(kTermNoise, "noise", *noise);
+  if (noise_scale.has_value()) add_input(kTermNoiseScale, "noise_scale", *noise_scale);
+  if (mask.has_value()) add_input(kTermMask, "mask", *mask, /*allow_bool=*/true);
+  for (int64_t j = 0; j < n_history; ++j) add_input(kTermHistory + j, "history", history[j]);
+  if (pred.has_value()) add_output(args.pred, "pred", *pred);
+  if (second.has_value()) add_output(args.second, "second", *second);
+
+  // An output may be exactly one of the inputs, never a part of one, and never another output.
+  const at::Tensor* const outputs[] = {&out, pred.has_value() ? &*pred : nullptr, second.has_value() ? &*second : nullptr};
+  const auto check_inputs = [&](const at::Tensor& tensor) {
+    for (const at::Tensor* output : outputs) {
+      if (output != nullptr) at::assert_no_partial_overlap(*output, tensor);
+    }
+  };
+  check_inputs(x);
+  for (const auto* tensor : {&model_output, &uncond, &noise, &noise_scale, &mask}) {
+    if (tensor->has_value()) check_inputs(**tensor);
+  }
+  for (const at::Tensor& tensor : history) check_inputs(tensor);
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j < i; ++j) {
+      if (outputs[i] != nullptr && outputs[j] != nullptr) at::assert_no_overlap(*outputs[i], *outputs[j]);
+    }
+  }
+  if (x.numel() == 0) return;
+
+  args.ndim = space.finish(kOp, args.size);
+  args.n_history = static_cast<int32_t>(n_history);
+  args.table = table.const_data_ptr<double>();
+  args.table_stride = table.stride(0);
+  args.n_rows = table.size(0);
+  args.rows = rows.const_data_ptr<int64_t>();
+  for (int64_t d = 0; d < 2; ++d) args.rows_stride[d] = one_row || d >= rows.dim() ? 0 : rows.stride(d);
+  if (scale.has_value()) {
+    args.scale = scale->const_data_ptr<float>();
+    args.scale_stride[0] = scale->stride(0);
+    args.scale_stride[1] = scale->stride(1);
+  }
+  if (seed.has_value()) args.seed = seed->const_data_ptr<int64_t>();
+  if (sample_ids.has_value()) {
+    args.sample_ids = sample_ids->const_data_ptr<int64_t>();
+    args.sample_ids_stride = sample_ids->stride(0);
+  }
+  int64_t checked = -1;
+  for (int64_t b = 0; b < args.size[0]; ++b) {
+    for (int64_t t = 0; t < args.size[1]; ++t) {
+      const int64_t index = args.rows[b * args.rows_stride[0] + t * args.rows_stride[1]];
+      if (index != checked || index < 0) check_row(args, index);
+      checked = index;
+    }
+  }
+
+  // Launch.
+  parallel_elements(x.numel(), affine_step, args);
+}
+
+TORCH_LIBRARY_FRAGMENT(pygen, library) {
+  library.def(
+      "affine_step(Tensor x, Tensor? model_output, Tensor table, Tensor rows, Tensor? uncond, Tensor[] history, "
+      "Tensor? noise, Tensor? noise_scale, Tensor? mask, Tensor? scale, Tensor? seed, Tensor? sample_ids, "
+      "Tensor(a!) out, Tensor(b!)? pred, Tensor(c!)? second) -> ()",
+      {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(pygen, CPU, library) { library.impl("affine_step", &affine_step_cpu); }
+
+}  // namespace
+}  // namespace pygen

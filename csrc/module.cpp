@@ -1,0 +1,33 @@
+// pygen._C: what is not a tensor op. Loading the module registers the ops with torch.
+#include <pybind11/pybind11.h>
+
+#include "pygen/affine_step.h"
+#include "pygen/isa.h"
+#include "pygen/philox_normal.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "pygen's compiled half: importing it registers the operators of torch.ops.pygen.";
+
+  module.def("isa", [] { return pygen::kIsaNames[static_cast<int>(pygen::isa())]; },
+             "The instruction set in use.");
+  module.def("set_isa", [](const char* name) { pygen::set_isa(name); }, py::arg("name"),
+             "Change the instruction set in use.");
+  module.def("supported_isas", [] {
+    py::list names;
+    for (int i = 0; i <= static_cast<int>(pygen::best_isa()); ++i) names.append(pygen::kIsaNames[i]);
+    return names;
+  }, "The instruction sets that are compiled in and that this processor supports.");
+  module.def("compiled_isas", [] {
+    py::list names;
+    for (const char* name : pygen::kIsaNames) names.append(name);
+    return names;
+  }, "The instruction sets that are compiled in.");
+
+  py::list columns;
+  for (const char* name : pygen::kColumnNames) columns.append(name);
+  module.attr("AFFINE_COLUMNS") = columns;
+  module.attr("MAX_HISTORY") = pygen::kMaxHistory;
+  module.attr("DRAW_AFFINE_STEP") = static_cast<uint32_t>(pygen::kDrawAffineStep);
+}

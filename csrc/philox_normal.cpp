@@ -1,0 +1,59 @@
+#include "pygen/philox_normal.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <torch/library.h>
+
+#include "operands.h"
+
+namespace pygen {
+namespace {
+
+constexpr const char* kOp = "philox_normal";
+
+void philox_normal_cpu(const at::Tensor& out, const at::Tensor& seed, const at::Tensor& step,
+                       const std::optional<at::Tensor>& sample_ids, int64_t draw) {
+  // Check.
+  TORCH_CHECK_VALUE(out.dim() >= 1, kOp, ": the shape must begin with the batch, got a scalar");
+  check_index(kOp, "seed", seed, at::kLong);
+  check_index(kOp, "step", step, at::kLong);
+  TORCH_CHECK_VALUE(seed.numel() == 1, kOp, ": seed must hold one number, got shape ", seed.sizes());
+  TORCH_CHECK_VALUE(step.numel() == 1 || (step.dim() == 1 && step.size(0) == out.size(0)), kOp,
+                    ": step must hold one number, or one per sample (", out.size(0), "), got shape ", step.sizes());
+  TORCH_CHECK_VALUE(draw >= 0 && draw < 1 << 16, kOp, ": draw must lie in [0, 65536), got ", draw);
+  if (sample_ids.has_value()) {
+    check_index(kOp, "sample_ids", *sample_ids, at::kLong);
+    TORCH_CHECK_VALUE(sample_ids->dim() == 1 && sample_ids->size(0) == out.size(0), kOp,
+                      ": sample_ids must have shape (", out.size(0), ",), got ", sample_ids->sizes());
+  }
+  check_no_grad(kOp, "out", out);
+  at::assert_no_internal_overlap(out);
+  if (out.numel() == 0) return;
+
+  // Describe.
+  PhiloxNormalArgs args{};
+  c10::SmallVector<int64_t, kMaxDims> dims;
+  for (int64_t d = 0; d < out.dim(); ++d) dims.push_back(d);
+  IterationSpace space(out.sizes(), dims, /*leading=*/1, /*keep_order=*/true);
+  space.add(args.out, kernel_dtype(kOp, "out", out), out);
+  args.ndim = space.finish(kOp, args.size);
+  args.draw = static_cast<uint32_t>(draw);
+  args.seed = seed.const_data_ptr<int64_t>();
+  args.step = step.const_data_ptr<int64_t>();
+  args.step_stride = step.numel() == 1 ? 0 : step.stride(0);
+  if (sample_ids.has_value()) {
+    args.sample_ids = sample_ids->const_data_ptr<int64_t>();
+    args.sample_ids_stride = sample_ids->stride(0);
+  }
+
+  // Launch.
+  parallel_elements(out.numel(), philox_normal, args);
+}
+
+TORCH_LIBRARY_FRAGMENT(pygen, library) {
+  library.def("philox_normal(Tensor(a!) out, Tensor seed, Tensor step, Tensor? sample_ids=None, *, int draw=0) -> ()",
+              {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(pygen, CPU, library) { library.impl("philox_normal", &philox_normal_cpu); }
+
+}  // namespace
+}  // namespace pygen

@@ -1,0 +1,59 @@
+#include "pygen/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace pygen {
+namespace {
+
+bool supported(Isa isa) {
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::kBaseline:
+      return true;
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Isa::kAvx512:
+      return supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512cd");
+  }
+  return false;
+}
+
+Isa parse(const char* name) {
+  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (std::strcmp(name, kIsaNames[static_cast<int>(isa)]) != 0) continue;
+    if (!supported(isa)) {
+      throw std::runtime_error("the instruction set '" + std::string(name) + "' is not supported by this processor");
+    }
+    return isa;
+  }
+  throw std::runtime_error("the instruction set must be baseline, avx2 or avx512, got '" + std::string(name) + "'");
+}
+
+Isa initial() {
+  const char* name = std::getenv("PYGEN_CPU_ISA");
+  return name != nullptr && *name != '\0' ? parse(name) : best_isa();
+}
+
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> value{initial()};
+  return value;
+}
+
+}  // namespace
+
+Isa best_isa() {
+  if (supported(Isa::kAvx512)) return Isa::kAvx512;
+  return supported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kBaseline;
+}
+
+Isa isa() { return current().load(std::memory_order_relaxed); }
+
+void set_isa(const char* name) { current().store(parse(name), std::memory_order_relaxed); }
+
+}  // namespace pygen

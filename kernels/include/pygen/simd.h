@@ -1,0 +1,170 @@
+// The CPU's vector types and the few operations that GCC's vector extension does not write by itself.
+//
+// Everything lies in an anonymous namespace: a translation unit compiled for one instruction set must leave no
+// weak symbol behind that the linker could pick for another. Results are bit-equal on all of them: one rounding
+// per operation (-ffp-contract=off), fma explicit and, on the baseline, emulated exactly.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "pygen/operand.h"
+
+namespace pygen {
+namespace {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+typedef float F32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t U64 __attribute__((vector_size(4 * kLanes)));  // half as many lanes
+typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t U8 __attribute__((vector_size(kLanes)));
+
+template <class To, class From>
+PYGEN_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+PYGEN_INLINE V load_bytes(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+PYGEN_INLINE F32 splat(float value, F32) { return value - F32{}; }
+PYGEN_INLINE F32 to_float(U32 v) { return __builtin_convertvector(v, F32); }
+PYGEN_INLINE F32 to_float(I32 v) { return __builtin_convertvector(v, F32); }
+PYGEN_INLINE U32 to_unsigned(F32 v) { return bits<U32>(v); }
+PYGEN_INLINE F32 from_unsigned(U32 v) { return bits<F32>(v); }
+PYGEN_INLINE I32 to_signed(U32 v) { return bits<I32>(v); }
+PYGEN_INLINE U32 select(I32 condition, U32 yes, U32 no) { return condition ? yes : no; }
+PYGEN_INLINE F32 select(I32 condition, F32 yes, F32 no) { return condition ? yes : no; }
+
+#if defined(__AVX512F__)
+PYGEN_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+PYGEN_INLINE F32 sqrt(F32 a) { return _mm512_sqrt_ps(a); }
+PYGEN_INLINE U64 mul_low(U64 a, uint32_t b) {
+  return bits<U64>(_mm512_mul_epu32(bits<__m512i>(a), _mm512_set1_epi64(b)));
+}
+#elif defined(__AVX2__)
+PYGEN_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+PYGEN_INLINE F32 sqrt(F32 a) { return _mm256_sqrt_ps(a); }
+PYGEN_INLINE U64 mul_low(U64 a, uint32_t b) {
+  return bits<U64>(_mm256_mul_epu32(bits<__m256i>(a), _mm256_set1_epi64x(b)));
+}
+#else
+// A float product is exact in double. The sum is rounded to odd (Boldo & Melquiond 2008): where it is inexact and
+// its last bit even, it moves to the neighbour on the side of the error, so that the second rounding, to float,
+// cannot go wrong.
+PYGEN_INLINE F32 fma(F32 a, F32 b, F32 c) {
+  typedef double F64 __attribute__((vector_size(8 * kLanes)));
+  typedef int64_t I64 __attribute__((vector_size(8 * kLanes)));
+  const F64 product = __builtin_convertvector(a, F64) * __builtin_convertvector(b, F64);
+  const F64 addend = __builtin_convertvector(c, F64);
+  const F64 sum = product + addend;
+  const F64 other = sum - product;
+  const F64 error = (product - (sum - other)) + (addend - other);
+  const I64 inexact = (error > 0.0) | (error < 0.0);  // false where the sum is infinite or NaN
+  const I64 even = (bits<I64>(sum) & 1) - 1;
+  const I64 outwards = ((error > 0.0) ^ (sum > 0.0)) * 2 + 1;  // +1 away from zero, -1 towards it
+  return __builtin_convertvector(bits<F64>(bits<I64>(sum) + (outwards & inexact & even)), F32);
+}
+PYGEN_INLINE F32 sqrt(F32 a) { return _mm_sqrt_ps(a); }
+PYGEN_INLINE U64 mul_low(U64 a, uint32_t b) {
+  return bits<U64>(_mm_mul_epu32(bits<__m128i>(a), _mm_set1_epi64x(b)));
+}
+#endif
+
+// a0 b0 a1 b1 ... from the first (half = 0) or second (half = 1) halves of a and b.
+template <int kHalf, int... kLane>
+PYGEN_INLINE F32 interleave(F32 a, F32 b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kHalf * kLanes / 2 + kLane / 2 + (kLane % 2) * kLanes)...);
+}
+template <int kHalf>
+PYGEN_INLINE F32 interleave(F32 a, F32 b) {
+  return interleave<kHalf>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+// Half precision without F16C. To float: shift into place, rescale the exponent by an exact product.
+[[maybe_unused]] PYGEN_INLINE F32 half_to_float(U32 half) {
+  const U32 magnitude = (half & 0x7fff) << 13;
+  const U32 finite = to_unsigned(from_unsigned(magnitude) * 0x1p112f);
+  const U32 value = select(magnitude >= 0x7c00u << 13, magnitude | 0x7f800000, finite);
+  return from_unsigned(value | (half & 0x8000) << 16);
+}
+// From float, to nearest even: subnormal halves by adding 1/2, whose last bit is theirs; the others by integers.
+[[maybe_unused]] PYGEN_INLINE U32 float_to_half(F32 value) {
+  const U32 all = to_unsigned(value);
+  const U32 magnitude = all & 0x7fffffff;
+  const U32 tiny = to_unsigned(from_unsigned(magnitude) + 0.5f) - 0x3f000000;
+  const U32 rounded = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  U32 half = select(magnitude < 0x38800000, tiny, rounded);
+  half = select(magnitude >= 0x47800000, U32{} + 0x7c00, half);
+  half = select(magnitude > 0x7f800000, U32{} + 0x7e00, half);
+  return half | (all >> 16 & 0x8000);
+}
+
+PYGEN_INLINE int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2;
+}
+
+// kLanes neighbours, widened to float.
+template <DType kDType>
+PYGEN_INLINE F32 load(const char* from) {
+  if constexpr (kDType == DType::kFloat32) {
+    return load_bytes<F32>(from);
+  } else if constexpr (kDType == DType::kBFloat16) {
+    return from_unsigned(__builtin_convertvector(load_bytes<U16>(from), U32) << 16);
+  } else if constexpr (kDType == DType::kFloat16) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(load_bytes<__m256i>(from));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(load_bytes<__m128i>(from));
+#else
+    return half_to_float(__builtin_convertvector(load_bytes<U16>(from), U32));
+#endif
+  } else {
+    return to_float(__builtin_convertvector(load_bytes<U8>(from), U32));
+  }
+}
+
+// kLanes neighbours, rounded to nearest even.
+template <DType kDType>
+PYGEN_INLINE void store(char* to, F32 value) {
+  if constexpr (kDType == DType::kFloat32) {
+    std::memcpy(to, &value, sizeof value);
+  } else if constexpr (kDType == DType::kBFloat16) {
+    const U32 all = to_unsigned(value);
+    const U32 rounded = (all + 0x7fff + (all >> 16 & 1)) >> 16;
+    const U16 half = __builtin_convertvector(select(value != value, U32{} + 0x7fc0, rounded), U16);
+    std::memcpy(to, &half, sizeof half);
+  } else {
+    static_assert(kDType == DType::kFloat16);
+#if defined(__AVX512F__)
+    const __m256i half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const U16 half = __builtin_convertvector(float_to_half(value), U16);
+#endif
+    std::memcpy(to, &half, sizeof half);
+  }
+}
+
+}  // namespace
+}  // namespace pygen

@@ -1,0 +1,209 @@
+"""A solver as a table of numbers: from a schedule and a grid of times to one row of coefficients per step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from pygen.diffusion.schedules import Array, Schedule, make_schedule
+from pygen.diffusion.solvers import SOLVERS, Combination, Grid, SolverStep
+from pygen.ops.affine_step import COLUMNS, HISTORY_COLUMN, MAX_HISTORY
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The steps of a solver over a grid of times, as ``affine_step`` executes them.
+
+    table: float64 (steps, columns), see ``pygen.ops.affine_step.COLUMNS``.
+    times: float64 (steps + 1,), decreasing; the model is evaluated at all but the last.
+    timesteps: what the model is told at each step: int64 where the schedule counts training steps, else float32.
+    history: how many previous predictions a row may read: m_{i-1}, m_{i-2}, ...
+    carries: whether each row makes a second result that the next row reads, as its last history term.
+    initial_scale: standard deviation of the sample at the first time.
+    """
+
+    solver: str
+    schedule: Schedule
+    times: Array
+    timesteps: Tensor
+    table: Tensor
+    history: int
+    carries: bool
+    initial_scale: float
+    _views: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def steps(self) -> int:
+        return len(self.table)
+
+    @cached_property
+    def noisy(self) -> tuple[bool, ...]:
+        """For each step, whether its row adds noise."""
+        columns = [COLUMNS["noise0"], COLUMNS["noise1"]]
+        return tuple((self.table[:, columns] != 0).any(dim=1).tolist())
+
+    def row(self, step: int) -> Tensor:
+        """The index of a step's row as the tensor that ``affine_step`` takes; made once."""
+        device = self.table.device
+        if device not in self._views:
+            self._views[device] = torch.arange(self.steps, device=device).unbind()
+        return self._views[device][step]
+
+    def to(self, device: torch.device | str) -> StepPlan:
+        """This plan with its table on a device."""
+        if self.table.device == torch.device(device):
+            return self
+        return StepPlan(
+            self.solver, self.schedule, self.times, self.timesteps.to(device), self.table.to(device), self.history,
+            self.carries, self.initial_scale,
+        )  # fmt: skip
+
+
+def plan(
+    solver: str,
+    schedule: Schedule | str | dict[str, Any],
+    steps: int | None = None,
+    *,
+    prediction: str = "epsilon",
+    guidance: float | Sequence[float] = 1.0,
+    clip: tuple[float, float] | None = None,
+    spacing: str = "trailing",
+    times: ArrayLike | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> StepPlan:
+    """The table of a solver's steps.
+
+    Args:
+        solver: a name of ``pygen.diffusion.solvers.SOLVERS``.
+        schedule: a ``Schedule``, its name, or its name and arguments in a dict.
+        steps: how many; with ``spacing`` ("leading", "linspace" or "trailing") chooses the times. Or
+        times: steps + 1 decreasing times, the last the end of the trajectory.
+        prediction: what the model returns: "epsilon", "sample" (x_0), "v_prediction" (alpha eps - sigma x_0; Salimans &
+            Ho 2022) or "flow" (eps - x_0).
+        guidance: the factor of classifier-free guidance (Ho & Salimans 2022), one or one per step; takes effect in
+            steps that are given an unconditional output.
+        clip: range that the predicted x_0 is clamped to.
+        device: where the table will lie.
+        options: the solver's own, see its file.
+
+    Raises:
+        ValueError: naming the argument that is wrong.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    known = list(inspect.signature(SOLVERS[solver]).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"solver {solver!r} has no option {option!r}; it takes {', '.join(known) or 'none'}")
+    schedule = make_schedule(schedule)
+    if times is None:
+        if steps is None:
+            raise ValueError("steps or times must be given")
+        grid_times = schedule.times(steps, spacing)
+    else:
+        grid_times = np.asarray(times, dtype=np.float64)
+        if grid_times.ndim != 1 or len(grid_times) < 2 or not (np.diff(grid_times) < 0).all():
+            raise ValueError("times must be a decreasing sequence of at least two numbers")
+        if steps not in (None, len(grid_times) - 1):
+            raise ValueError(f"steps={steps} does not fit times, which makes {len(grid_times) - 1}")
+    count = len(grid_times) - 1
+    guidances = np.broadcast_to(np.asarray(guidance, dtype=np.float64), (count,)) if np.ndim(guidance) == 0 else guidance
+    if len(guidances) != count or not np.isfinite(guidances).all():
+        raise ValueError(f"guidance must be a finite number, or {count} of them, got {guidance!r}")
+    low, high = (-math.inf, math.inf) if clip is None else clip
+    if not low < high:
+        raise ValueError(f"clip must be a pair (low, high) with low < high, got {clip!r}")
+
+    grid = Grid(schedule.alpha(grid_times), schedule.sigma(grid_times))
+    solver_steps = SOLVERS[solver](grid, **options)
+    history = max((len(y.history) for step in solver_steps for y in (step.next, step.carry) if y), default=0)
+    carries = any(step.carry is not None for step in solver_steps)
+    if history + carries > MAX_HISTORY:
+        raise ValueError(f"solver {solver!r} keeps {history + carries} tensors, more than {MAX_HISTORY}")
+    table = np.zeros((count, HISTORY_COLUMN + 2 * (history + carries)))
+    for i, step in enumerate(solver_steps):
+        _fill_row(table[i], i, step, float(grid.alpha[i]), float(grid.sigma[i]), prediction, history)
+        table[i, [COLUMNS["guidance"], COLUMNS["low"], COLUMNS["high"]]] = guidances[i], low, high
+    if not np.isfinite(table[:, [c for n, c in COLUMNS.items() if n not in ("low", "high")]]).all():
+        raise ValueError(
+            f"solver {solver!r} has no finite coefficients for prediction {prediction!r} on these times: alpha and sigma "
+            f"run from ({grid.alpha[0]:g}, {grid.sigma[0]:g}) to ({grid.alpha[-1]:g}, {grid.sigma[-1]:g})"
+        )
+
+    whole = schedule.num_train_timesteps is not None and (grid_times == np.round(grid_times)).all()
+    return StepPlan(
+        solver=solver,
+        schedule=schedule,
+        times=grid_times,
+        timesteps=torch.tensor(grid_times[:-1], dtype=torch.int64 if whole else torch.float32, device=device),
+        table=torch.from_numpy(table).to(device),
+        history=history,
+        carries=carries,
+        initial_scale=float(grid.sigma[0]),
+    )
+
+
+def stack_plans(plans: Sequence[StepPlan]) -> tuple[Tensor, list[int], int]:
+    """One table for several plans, so that one batch, or one compiled graph, serves all of them.
+
+    Returns:
+        the table, the row at which each plan begins in it, and the number of previous predictions that its rows expect;
+        one more history term, the carried one, comes last.
+    """
+    history = max(plan.history for plan in plans)
+    begins = np.cumsum([0] + [plan.steps for plan in plans])
+    table = plans[0].table.new_zeros(int(begins[-1]), HISTORY_COLUMN + 2 * (history + 1))
+    for begin, plan in zip(begins, plans, strict=False):
+        part = table[begin : begin + plan.steps]
+        own = HISTORY_COLUMN + 2 * plan.history
+        part[:, :own] = plan.table[:, :own]
+        if plan.carries:
+            part[:, -2:] = plan.table[:, -2:]
+    return table, begins[:-1].tolist(), history
+
+
+def _conversion(prediction: str, alpha: float, sigma: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """x_0 and epsilon as (factor of x, factor of the model's output), from x = alpha x_0 + sigma eps."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        a, s = np.float64(alpha), np.float64(sigma)
+        x0, eps = {
+            "epsilon": ((1 / a, -s / a), (0.0, 1.0)),
+            "sample": ((0.0, 1.0), (1 / s, -a / s)),
+            "v_prediction": ((a, -s), (s, a)),
+            "flow": ((1 / (a + s), -s / (a + s)), (1 / (a + s), a / (a + s))),
+        }[prediction]
+    return x0, eps
+
+
+def _fill_row(
+    row: Array, index: int, step: SolverStep, alpha: float, sigma: float, prediction: str, history: int
+) -> None:
+    x0, epsilon = _conversion(prediction, alpha, sigma)
+    row[COLUMNS["step"]] = index
+    row[COLUMNS["rescale"]] = 1.0
+    row[COLUMNS["pred_x"]], row[COLUMNS["pred_out"]] = x0
+    for result, y in enumerate((step.next, step.carry or Combination())):
+        row[COLUMNS[f"x{result}"]] = y.x
+        row[COLUMNS[f"pred{result}"]] = y.pred
+        row[COLUMNS[f"noise{result}"]] = y.noise
+        if y.epsilon:
+            row[COLUMNS[f"x{result}"]] += y.epsilon * epsilon[0]
+            row[COLUMNS[f"out{result}"]] = y.epsilon * epsilon[1]
+        for j, coefficient in enumerate(y.history):
+            row[HISTORY_COLUMN + 2 * j + result] = coefficient
+        if y.carry:
+            row[HISTORY_COLUMN + 2 * history + result] = y.carry

@@ -1,0 +1,192 @@
+"""The one sampling loop: a model, a plan, and a fused step between two calls of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pygen.diffusion.plan import StepPlan, plan
+from pygen.diffusion.schedules import Schedule
+from pygen.ops.affine_step import affine_step
+from pygen.ops.philox_normal import philox_normal
+from pygen.ops.spec import index_tensor
+
+Model = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback is shown after each step. The loop reuses the tensors: clone what is to be kept."""
+
+    step: int
+    steps: int
+    time: float
+    sample: Tensor
+    prediction: Tensor
+    model_output: Tensor
+
+
+class Stepper:
+    """A run of a plan: the previous predictions and the carried result, updated in place by each step."""
+
+    def __init__(self, plan: StepPlan, like: Tensor) -> None:
+        self.plan = plan
+        self.predictions = [torch.empty_like(like) for _ in range(plan.history)]
+        self.carried = torch.empty_like(like) if plan.carries else None
+
+    def step(
+        self,
+        index: int,
+        x: Tensor,
+        model_output: Tensor,
+        *,
+        uncond: Tensor | None = None,
+        noise: Tensor | None = None,
+        seed: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        out: Tensor | None = None,
+        pred: Tensor | None = None,
+    ) -> Tensor:
+        """x_{index + 1} from x_index and the model's output; see ``affine_step`` for the arguments."""
+        history = self.predictions if self.carried is None else [*self.predictions, self.carried]
+        if self.predictions:  # the newest prediction takes the place of the oldest, which this step still reads
+            pred = self.predictions[-1]
+        following = affine_step(
+            x,
+            model_output,
+            self.plan.table,
+            self.plan.row(index),
+            uncond=uncond,
+            history=history,
+            noise=noise,
+            seed=seed,
+            sample_ids=sample_ids,
+            out=out,
+            pred=pred,
+            second=self.carried,
+        )
+        self.predictions = self.predictions[-1:] + self.predictions[:-1]
+        return following
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    shape: Sequence[int],
+    *,
+    solver: str | StepPlan = "dpmpp_2m",
+    schedule: Schedule | str | dict[str, Any] | None = None,
+    steps: int = 20,
+    guidance: float | Sequence[float] | None = None,
+    cond: Mapping[str, Any] | None = None,
+    uncond: Mapping[str, Any] | None = None,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    callback: Callable[[StepInfo], None] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Draw samples from a diffusion model.
+
+    Args:
+        model: called as ``model(x, t, **cond)`` with x (batch, ...) and t (batch,); returns a tensor of x's shape, or an
+            object whose ``sample`` is one, as diffusers' models do.
+        shape: of the result, batch first.
+        solver: a name of ``pygen.diffusion.solvers.SOLVERS``, or a ready ``StepPlan``, which then says all that
+            ``schedule``, ``steps``, ``guidance`` and ``options`` would.
+        schedule: the one the model was trained with: a ``Schedule``, a name, or a dict of name and arguments.
+        guidance: the factor of classifier-free guidance; with ``uncond``, model calls see both halves as one batch.
+        cond, uncond: keyword arguments of the model; tensors whose first dimension is the batch, or anything that is
+            the same for both.
+        seed: of the noise by Philox, which depends on the sample and not on the batch; drawn from torch's global
+            generator where neither it nor ``generator`` is given.
+        sample_ids: int64 (batch,), whose noise each sample gets; 0, 1, 2, ... where left out.
+        generator: draws the noise by ``torch.randn`` instead: first the initial sample, then each noisy step.
+        callback: called after each step.
+        options: of ``pygen.plan``: prediction, clip, spacing, times, and the solver's own.
+
+    Returns:
+        The samples, (batch, ...), of ``dtype`` on ``device``.
+    """
+    if isinstance(solver, StepPlan):
+        given = {"schedule": schedule, "guidance": guidance} | options
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} belongs to the plan that was given as solver")
+        steps_plan = solver.to(device)
+    else:
+        if schedule is None:
+            raise ValueError("schedule must be given: the one that the model was trained with")
+        guidance = 1.0 if guidance is None else guidance
+        steps_plan = plan(solver, schedule, steps, guidance=guidance, device=device, **options)
+        if uncond is None and guidance != 1.0:
+            raise ValueError("guidance needs uncond, the model's arguments without the condition")
+    if seed is not None and generator is not None:
+        raise ValueError("give seed or generator, not both")
+    if len(shape) == 0 or min(shape) < 1:
+        raise ValueError(f"shape must be positive sizes, batch first, got {tuple(shape)}")
+
+    batch = shape[0]
+    guided = uncond is not None
+    kwargs = _join(cond or {}, uncond, batch) if uncond is not None else dict(cond or {})
+    # With guidance the model sees every sample twice: the state is the first half of its input.
+    model_input = torch.empty((2 * batch if guided else batch, *shape[1:]), dtype=dtype, device=device)
+    x = model_input[:batch]
+    if generator is not None:
+        torch.randn(tuple(shape), generator=generator, out=x)
+    else:
+        seed = index_tensor(torch.randint(2**63 - 1, (1,)) if seed is None else seed, x.device)
+        philox_normal(seed=seed, sample_ids=sample_ids, out=x)
+    if steps_plan.initial_scale != 1.0:
+        x.mul_(steps_plan.initial_scale)
+
+    stepper = Stepper(steps_plan, x)
+    pred = torch.empty_like(x) if callback is not None and not stepper.predictions else None
+    for i in range(steps_plan.steps):
+        if guided:
+            model_input[batch:].copy_(x)
+        output = model(model_input, steps_plan.timesteps[i].expand(len(model_input)), **kwargs)
+        output = output if isinstance(output, Tensor) else output.sample
+        if output.shape != model_input.shape:
+            raise ValueError(
+                f"model returned shape {tuple(output.shape)} for an input of shape {tuple(model_input.shape)}"
+            )
+        noise = None
+        if generator is not None and steps_plan.noisy[i]:
+            noise = torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
+        stepper.step(
+            i,
+            x,
+            output[:batch],
+            uncond=output[batch:] if guided else None,
+            noise=noise,
+            seed=None if generator is not None else seed,
+            sample_ids=sample_ids,
+            out=x,
+            pred=pred,
+        )
+        if callback is not None:
+            prediction = stepper.predictions[0] if pred is None else pred
+            callback(StepInfo(i, steps_plan.steps, float(steps_plan.times[i]), x, prediction, output))
+    return x.clone() if guided else x
+
+
+def _join(cond: Mapping[str, Any], uncond: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """The model's arguments for a batch of which the first half is conditional."""
+    if cond.keys() != uncond.keys():
+        raise ValueError(f"cond and uncond must name the same arguments, got {sorted(cond)} and {sorted(uncond)}")
+    joined = {}
+    for name, value in cond.items():
+        other = uncond[name]
+        if isinstance(value, Tensor):
+            if not isinstance(other, Tensor) or value.shape[:1] != (batch,) or value.shape != other.shape:
+                raise ValueError(f"cond and uncond must hold equal shapes ({batch}, ...) for {name!r}")
+            value = torch.cat([value, other])
+        joined[name] = value
+    return joined

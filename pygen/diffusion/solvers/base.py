@@ -1,0 +1,69 @@
+"""What a solver is made of: it reads a grid of (alpha, sigma) and writes, for each step, what the step combines.
+
+All solvers reason in m, the model's prediction of x_0, and keep the sample in the coordinates the model was trained in,
+x = alpha x_0 + sigma eps, so that no step has to rescale the model's input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pygen.diffusion.schedules import Array
+
+
+@dataclass(frozen=True)
+class Grid:
+    """alpha and sigma at the steps + 1 times of a trajectory, noisy to clean; a step goes from i to i + 1."""
+
+    alpha: Array
+    sigma: Array
+
+    @property
+    def steps(self) -> int:
+        return len(self.alpha) - 1
+
+    @property
+    def log_snr(self) -> Array:
+        """lambda = log(alpha / sigma), infinite at the ends where sigma or alpha is 0."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha) - np.log(self.sigma)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """x * x_i + pred * m_i + epsilon * eps_i + noise * z + sum_j history[j] * m_{i-1-j} + carry * (what was carried).
+
+    m_i is the prediction of x_0, clipped where the plan clips; eps_i is that of epsilon, never clipped.
+    """
+
+    x: float = 0.0
+    pred: float = 0.0
+    epsilon: float = 0.0
+    noise: float = 0.0
+    history: tuple[float, ...] = ()
+    carry: float = 0.0
+
+
+@dataclass(frozen=True)
+class SolverStep:
+    """The next sample, and what else the next step wants to read."""
+
+    next: Combination
+    carry: Combination | None = None
+
+
+def first_order(grid: Grid, i: int) -> tuple[float, float]:
+    """The factors of x_i and m_i in the exact solution for constant m: sigma'/sigma and alpha' - alpha sigma'/sigma."""
+    ratio = grid.sigma[i + 1] / grid.sigma[i]
+    return ratio, grid.alpha[i + 1] - grid.alpha[i] * ratio
+
+
+def posterior(grid: Grid, i: int) -> tuple[float, float, float, float]:
+    """q(x_{i+1} | x_i, x_0) of the forward process: the factors of x_i and x_0 in its mean, its variance, and the
+    variance of q(x_i | x_{i+1}) (Ho et al. 2020, equations 6 and 7, for any two times)."""
+    scale = grid.alpha[i] / grid.alpha[i + 1]
+    forward = grid.sigma[i] ** 2 - (scale * grid.sigma[i + 1]) ** 2
+    share = grid.sigma[i + 1] ** 2 / grid.sigma[i] ** 2
+    return scale * share, grid.alpha[i + 1] * forward / grid.sigma[i] ** 2, forward * share, forward

@@ -1,0 +1,234 @@
+"""Models on disk: a directory with ``config.json`` (what the model is) and ``model.safetensors`` (its weights).
+
+Nothing is unpickled and nothing is guessed: every field and tensor must be there, known, well typed and finite, or
+there is one :class:`CheckpointError`, whose line names the file and the field or tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save
+from torch import Tensor
+
+from pygen.diffusion.plan import PREDICTIONS
+from pygen.diffusion.schedules import SCHEDULES, make_schedule
+from pygen.models.unet import UNet
+
+FORMAT = "pygen-model"
+VERSION = 1
+MAX_COUNT = 1_000_000  # no width, class or step count is larger; what is would exhaust the memory before it fails
+
+# A model class takes JSON values by keyword, keeps them in ``config``, and has ``sample_shape`` and ``num_classes``.
+MODELS: dict[str, type[UNet]] = {"UNet": UNet}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written."""
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a sampler must know about a model.
+
+    schedule: name and arguments, for :func:`pygen.diffusion.schedules.make_schedule`; prediction: what the output is,
+    one of ``PREDICTIONS``; clip: the range of the data, if it has one; shape: channels, height and width of a sample;
+    num_classes: labels are 0 to num_classes - 1, and num_classes is the null class.
+    """
+
+    schedule: dict[str, Any]
+    prediction: str
+    clip: tuple[float, float] | None
+    shape: tuple[int, int, int]
+    num_classes: int
+
+
+def save_model(directory: str | os.PathLike[str], model: UNet, **description: Any) -> None:
+    """Write ``model`` and the fields of its :class:`ModelDescription`; refuse what :func:`load_model` would refuse."""
+    config, weights = _files(directory)
+    header = {"format": FORMAT, "version": VERSION, "model": type(model).__name__, "arguments": model.config}
+    try:
+        text = json.dumps({**header, **description}, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        _fail(config, error)
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    skeleton, _ = _parse_config(config, text)
+    _parse_weights(weights, data, skeleton)
+
+    config.parent.mkdir(parents=True, exist_ok=True)
+    contents = {weights: data, config: text.encode()}
+    written = {file: file.with_name(f".{file.name}.{os.getpid()}") for file in contents}
+    try:  # both are whole on the disk before either is replaced
+        for file, temporary in written.items():
+            with open(temporary, "wb") as stream:
+                stream.write(contents[file])
+                stream.flush()
+                os.fsync(stream.fileno())
+        for file, temporary in written.items():
+            os.replace(temporary, file)
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+
+
+def load_model(directory: str | os.PathLike[str]) -> tuple[UNet, ModelDescription]:
+    """The model, on the CPU and in eval mode, and its description."""
+    config, weights = _files(directory)
+    if not config.parent.is_dir():
+        _fail(config.parent, "not a directory")
+    model, description = _parse_config(config, _read(config))
+    model.load_state_dict(_parse_weights(weights, _read(weights), model), assign=True)
+    return model.eval(), description
+
+
+def _files(directory: str | os.PathLike[str]) -> tuple[Path, Path]:
+    return Path(directory) / "config.json", Path(directory) / "model.safetensors"
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        _fail(file, error.strerror)
+
+
+def _parse_config(file: Path, text: str | bytes) -> tuple[UNet, ModelDescription]:
+    """The model without storage for its weights, on the meta device, and its description."""
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        _fail(file, f"not JSON: {error}")
+    if not isinstance(config, dict):
+        _fail(file, "must hold a JSON object")
+    for name, value in {"format": FORMAT, "version": VERSION}.items():  # first: another version has other fields
+        if name not in config:
+            _fail(file, f"missing field {name!r}")
+        if config[name] != value:
+            _fail(file, f"{name} must be {value!r}, got {reprlib.repr(config[name])}")
+    hints = typing.get_type_hints(ModelDescription)
+    _check_fields(file, "", config, {"format": str, "version": int, "model": str, "arguments": dict[str, Any], **hints})
+    if config["model"] not in MODELS:
+        _fail(file, f"model must be one of {', '.join(MODELS)}, got {config['model']!r}")
+    if config["prediction"] not in PREDICTIONS:
+        _fail(file, f"prediction must be one of {', '.join(PREDICTIONS)}, got {config['prediction']!r}")
+    if config["clip"] is not None and config["clip"][0] >= config["clip"][1]:
+        _fail(file, f"clip must be an increasing pair, got {config['clip']!r}")
+    _check_schedule(file, config["schedule"])
+
+    model_class = MODELS[config["model"]]
+    hints = typing.get_type_hints(model_class.__init__)
+    del hints["return"]
+    _check_fields(file, "arguments.", config["arguments"], hints)
+    try:
+        with torch.device("meta"):
+            model = model_class(**config["arguments"])
+    except ValueError as error:
+        _fail(file, f"arguments: {error}")
+
+    description = ModelDescription(
+        schedule=config["schedule"],
+        prediction=config["prediction"],
+        clip=None if config["clip"] is None else (float(config["clip"][0]), float(config["clip"][1])),
+        shape=tuple(config["shape"]),
+        num_classes=config["num_classes"],
+    )
+    if description.shape != model.sample_shape:
+        _fail(file, f"shape {description.shape} is not the model's, {model.sample_shape}")
+    if description.num_classes != model.num_classes:
+        _fail(file, f"num_classes {description.num_classes} is not the model's, {model.num_classes}")
+    return model, description
+
+
+def _check_schedule(file: Path, schedule: dict[str, Any]) -> None:
+    if schedule.get("name") not in list(SCHEDULES):
+        _fail(file, f"schedule.name must be one of {', '.join(SCHEDULES)}, got {schedule.get('name')!r}")
+    hints = typing.get_type_hints(SCHEDULES[schedule["name"]])
+    given = {argument: hint for argument, hint in hints.items() if argument in schedule}
+    _check_fields(file, "schedule.", schedule, {"name": str, **given})
+    try:
+        with np.errstate(divide="raise", invalid="raise"):
+            make_schedule(schedule)
+    except (ValueError, ArithmeticError) as error:
+        _fail(file, f"schedule: {error}")
+
+
+def _parse_weights(file: Path, data: bytes, model: UNet) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, each one checked against the model's."""
+    try:
+        found = dict(deserialize(data))
+    except SafetensorError as error:
+        _fail(file, f"not a safetensors file, or a damaged one: {error}")
+    expected = model.state_dict()
+    _check_names(file, "tensor", found, expected)
+    tensors = {}
+    for name, parameter in expected.items():
+        entry = found[name]
+        if entry["dtype"] != "F32":
+            _fail(file, f"tensor {name!r} must be F32, got {entry['dtype']}")
+        if list(entry["shape"]) != list(parameter.shape):
+            _fail(file, f"tensor {name!r} must have shape {list(parameter.shape)}, got {entry['shape']}")
+        tensors[name] = torch.frombuffer(entry["data"], dtype=torch.float32).reshape(parameter.shape)
+        if not tensors[name].isfinite().all():
+            _fail(file, f"tensor {name!r} has NaN or infinite values")
+    return tensors
+
+
+def _check_fields(file: Path, prefix: str, fields: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Exactly the fields of ``hints``, each of its type."""
+    _check_names(file, "field", {prefix + name: None for name in fields}, {prefix + name: None for name in hints})
+    for name, hint in hints.items():
+        if not _matches(fields[name], hint):
+            _fail(file, f"{prefix}{name} must be {_describe(hint)}, got {reprlib.repr(fields[name])}")
+
+
+def _check_names(file: Path, kind: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for name in expected:
+        if name not in found:
+            _fail(file, f"missing {kind} {name!r}")
+    for name in found:
+        if name not in expected:
+            _fail(file, f"unknown {kind} {name!r}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a JSON value fits a type hint. Every integer in a config is a count, and every number is finite."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is UnionType:
+        return any(_matches(value, argument) for argument in arguments)
+    if origin is tuple:
+        return type(value) is list and len(value) == len(arguments) and all(map(_matches, value, arguments))
+    if origin is Sequence:
+        return type(value) is list and all(_matches(item, arguments[0]) for item in value)
+    if hint is int:
+        return type(value) is int and 1 <= value <= MAX_COUNT
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is (origin or hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is UnionType:
+        return " or ".join(map(_describe, arguments))
+    if origin is tuple:
+        return f"[{', '.join(map(_describe, arguments))}]"
+    if origin is Sequence:
+        return f"a list whose items are each {_describe(arguments[0])}"
+    names = {dict: "an object", str: "a string", bool: "true or false", float: "a finite number", NoneType: "null"}
+    return names.get(origin or hint, f"an integer from 1 to {MAX_COUNT}")
+
+
+def _fail(file: Path, problem: object) -> NoReturn:
+    raise CheckpointError(f"{file}: {' '.join(str(problem).split())}") from None

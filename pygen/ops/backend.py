@@ -1,0 +1,44 @@
+"""Which implementation an op runs: the dispatcher's choice by device, or one that the caller asks for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+_forced: str | None = None
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside by one backend: "reference", "cpu", "cuda" or "triton".
+
+    For comparing: the choice holds for the whole process. The first op that lacks the backend raises RuntimeError;
+    nothing falls back silently.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def use_reference(op: str, backends: tuple[str, ...], device: torch.device) -> bool:
+    """Whether the reference was asked for; raises where the backend asked for cannot run this op here."""
+    if _forced is None:
+        if device.type not in backends:
+            raise RuntimeError(
+                f"{op} has no kernel for device {device}; it has {', '.join(backends)}. Move the tensors, or ask for "
+                'the reference by name: with pygen.backend("reference")'
+            )
+        return False
+    if _forced not in backends:
+        raise RuntimeError(f"{op} has no backend {_forced!r}; it has {', '.join(backends)}")
+    if _forced == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"{op} was asked to run by backend 'cpu' on tensors that lie on {device}")
+    return _forced == "reference"

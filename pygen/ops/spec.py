@@ -1,0 +1,60 @@
+"""One declaration per op. Tests, benchmarks and the op table are driven by these and by nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SPECS: dict[str, OpSpec] = {}
+
+
+@dataclass(frozen=True)
+class Example:
+    """Keyword arguments for an op's public function, the tensors it writes included."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What there is to know about an op.
+
+    function: the public function; writes the tensors named by ``outputs``, of which an example may leave some out.
+    reference: plain PyTorch, the same arguments less the outputs; returns a tuple in the order of ``outputs``. Runs in
+        the dtype of its inputs (halves compute in float32), float64 included.
+    operator: the entry under torch.ops.
+    arguments: the operator's positional arguments for an example, for opcheck.
+    examples: for a dtype, the cases that every test of correctness runs.
+    bytes_moved, flops: of an example, for the floors that benchmarks print.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    reference: Callable[..., tuple[Tensor, ...]]
+    operator: Any
+    operator_arguments: Callable[..., tuple[Any, ...]]
+    outputs: tuple[str, ...]
+    backends: tuple[str, ...]
+    examples: Callable[[torch.dtype], Iterator[Example]]
+    bytes_moved: Callable[[Example], int]
+    flops: Callable[[Example], int]
+
+    def __post_init__(self) -> None:
+        SPECS[self.name] = self
+
+
+def tensor_bytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def index_tensor(value: int | Tensor, device: torch.device) -> Tensor:
+    """A number that kernels read through a pointer: an int64 tensor as it is, an int (modulo 2^64) as a new one."""
+    if isinstance(value, Tensor):
+        return value
+    value &= 0xFFFFFFFFFFFFFFFF
+    return torch.tensor([value - (1 << 64) if value >> 63 else value], dtype=torch.int64, device=device)

@@ -43,10 +43,10 @@ void affine_step_cpu(const at::Tensor& x, const std::optional<at::Tensor>& model
                     table.sizes());
   check_index(kOp, "rows", rows, at::kLong);
   const bool one_row = rows.numel() == 1;
-  TORCH_CHECK_VALUE(one_row || (rows.dim() <= 2 && rows.dim() <= x.dim() &&
-                                rows.sizes() == x.sizes().slice(0, rows.dim())),
-                    kOp, ": rows must hold one index, one per sample or one per (sample, token); got shape ",
-                    rows.sizes(), " for x of shape ", x.sizes());
+  TORCH_CHECK_VALUE(
+      one_row || (rows.dim() <= 2 && rows.dim() <= x.dim() && rows.sizes() == x.sizes().slice(0, rows.dim())), kOp,
+      ": rows must hold one index, one per sample or one per (sample, token); got shape ", rows.sizes(),
+      " for x of shape ", x.sizes());
   TORCH_CHECK_VALUE(!uncond.has_value() || model_output.has_value(), kOp, ": uncond needs model_output");
   TORCH_CHECK_VALUE(!(noise.has_value() && seed.has_value()), kOp, ": give noise or seed, not both");
   if (seed.has_value()) {
@@ -55,8 +55,8 @@ void affine_step_cpu(const at::Tensor& x, const std::optional<at::Tensor>& model
   }
   if (sample_ids.has_value()) {
     check_index(kOp, "sample_ids", *sample_ids, at::kLong);
-    TORCH_CHECK_VALUE(sample_ids->dim() == 1 && sample_ids->size(0) == x.size(0), kOp,
-                      ": sample_ids must have shape (", x.size(0), ",), got ", sample_ids->sizes());
+    TORCH_CHECK_VALUE(sample_ids->dim() == 1 && sample_ids->size(0) == x.size(0), kOp, ": sample_ids must have shape (",
+                      x.size(0), ",), got ", sample_ids->sizes());
   }
   if (scale.has_value()) {
     check_index(kOp, "scale", *scale, at::kFloat);
@@ -105,7 +105,8 @@ void affine_step_cpu(const at::Tensor& x, const std::optional<at::Tensor>& model
   if (second.has_value()) add_output(args.second, "second", *second);
 
   // An output may be exactly one of the inputs, never a part of one, and never another output.
-  const at::Tensor* const outputs[] = {&out, pred.has_value() ? &*pred : nullptr, second.has_value() ? &*second : nullptr};
+  const at::Tensor* const outputs[] = {&out, pred.has_value() ? &*pred : nullptr,
+                                       second.has_value() ? &*second : nullptr};
   const auto check_inputs = [&](const at::Tensor& tensor) {
     for (const at::Tensor* output : outputs) {
       if (output != nullptr) at::assert_no_partial_overlap(*output, tensor);

@@ -10,20 +10,25 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, module) {
   module.doc() = "pygen's compiled half: importing it registers the operators of torch.ops.pygen.";
 
-  module.def("isa", [] { return pygen::kIsaNames[static_cast<int>(pygen::isa())]; },
-             "The instruction set in use.");
-  module.def("set_isa", [](const char* name) { pygen::set_isa(name); }, py::arg("name"),
-             "Change the instruction set in use.");
-  module.def("supported_isas", [] {
-    py::list names;
-    for (int i = 0; i <= static_cast<int>(pygen::best_isa()); ++i) names.append(pygen::kIsaNames[i]);
-    return names;
-  }, "The instruction sets that are compiled in and that this processor supports.");
-  module.def("compiled_isas", [] {
-    py::list names;
-    for (const char* name : pygen::kIsaNames) names.append(name);
-    return names;
-  }, "The instruction sets that are compiled in.");
+  module.def("isa", [] { return pygen::kIsaNames[static_cast<int>(pygen::isa())]; }, "The instruction set in use.");
+  module.def(
+      "set_isa", [](const char* name) { pygen::set_isa(name); }, py::arg("name"), "Change the instruction set in use.");
+  module.def(
+      "supported_isas",
+      [] {
+        py::list names;
+        for (int i = 0; i <= static_cast<int>(pygen::best_isa()); ++i) names.append(pygen::kIsaNames[i]);
+        return names;
+      },
+      "The instruction sets that are compiled in and that this processor supports.");
+  module.def(
+      "compiled_isas",
+      [] {
+        py::list names;
+        for (const char* name : pygen::kIsaNames) names.append(name);
+        return names;
+      },
+      "The instruction sets that are compiled in.");
 
   py::list columns;
   for (const char* name : pygen::kColumnNames) columns.append(name);

@@ -56,9 +56,8 @@ class IterationSpace {
   int32_t finish(const char* op, int64_t* size) {
     const auto stride = [&](const Entry& entry, int64_t dim) { return dim < 0 ? 0 : entry.stride[dim]; };
     if (!keep_order_) {
-      std::stable_sort(dims_.begin() + leading_, dims_.end(), [&](int64_t a, int64_t b) {
-        return entries_[0].stride[a] > entries_[0].stride[b];
-      });
+      std::stable_sort(dims_.begin() + leading_, dims_.end(),
+                       [&](int64_t a, int64_t b) { return entries_[0].stride[a] > entries_[0].stride[b]; });
     }
     size_t n = 0;
     int64_t last[kMaxDims];  // the innermost tensor dimension merged into each
@@ -66,8 +65,8 @@ class IterationSpace {
       const int64_t extent = dims_[i] < 0 ? 1 : tensor_size_[dims_[i]];
       if (i >= leading_ && extent == 1) continue;
       const bool merges = n > leading_ && std::all_of(entries_.begin(), entries_.end(), [&](const Entry& entry) {
-        return stride(entry, last[n - 1]) == stride(entry, dims_[i]) * extent;
-      });
+                            return stride(entry, last[n - 1]) == stride(entry, dims_[i]) * extent;
+                          });
       if (!merges) {
         TORCH_CHECK_VALUE(n < kMaxDims, op, ": the tensors need more than ", kMaxDims, " strided dimensions");
         size[n++] = 1;
@@ -105,9 +104,8 @@ inline constexpr int64_t kGrain = 32768;
 template <class Kernel, class Args>
 void parallel_elements(int64_t count, Kernel kernel, const Args& args) {
   constexpr int64_t unit = 1024;
-  at::parallel_for(0, (count + unit - 1) / unit, kGrain / unit, [&](int64_t begin, int64_t end) {
-    kernel(args, begin * unit, std::min(end * unit, count));
-  });
+  at::parallel_for(0, (count + unit - 1) / unit, kGrain / unit,
+                   [&](int64_t begin, int64_t end) { kernel(args, begin * unit, std::min(end * unit, count)); });
 }
 
 }  // namespace pygen

@@ -2,8 +2,11 @@
 
 import torch as _torch  # noqa: F401  (its libraries must be loaded before the extension)
 
-from pygen.diffusion import StepPlan, plan, sample
-from pygen.ops import affine_step, backend, philox_normal
+from pygen.diffusion.plan import StepPlan, plan
+from pygen.diffusion.sample import sample
+from pygen.ops.affine_step import affine_step
+from pygen.ops.backend import backend
+from pygen.ops.philox_normal import philox_normal
 
 __version__ = "0.1.0"
 __all__ = ["StepPlan", "affine_step", "backend", "philox_normal", "plan", "sample"]

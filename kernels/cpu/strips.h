@@ -91,7 +91,8 @@ PYGEN_INLINE void store_strip(char* to, DType dtype, const Strip& strip) {
                                            int64_t count, int64_t size) {
   const auto copy = [&](auto example) {
     using T = decltype(example);
-    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_stride * size, from + i * from_stride * size, sizeof(T));
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(to + i * to_stride * size, from + i * from_stride * size, sizeof(T));
   };
   if (to_stride == 1 && from_stride == 1) {
     std::memcpy(to, from, count * size);

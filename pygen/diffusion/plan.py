@@ -121,8 +121,8 @@ def plan(
         if steps not in (None, len(grid_times) - 1):
             raise ValueError(f"steps={steps} does not fit times, which makes {len(grid_times) - 1}")
     count = len(grid_times) - 1
-    guidances = np.broadcast_to(np.asarray(guidance, dtype=np.float64), (count,)) if np.ndim(guidance) == 0 else guidance
-    if len(guidances) != count or not np.isfinite(guidances).all():
+    guidances = np.atleast_1d(np.asarray(guidance, dtype=np.float64))
+    if guidances.shape not in ((1,), (count,)) or not np.isfinite(guidances).all():
         raise ValueError(f"guidance must be a finite number, or {count} of them, got {guidance!r}")
     low, high = (-math.inf, math.inf) if clip is None else clip
     if not low < high:
@@ -137,11 +137,13 @@ def plan(
     table = np.zeros((count, HISTORY_COLUMN + 2 * (history + carries)))
     for i, step in enumerate(solver_steps):
         _fill_row(table[i], i, step, float(grid.alpha[i]), float(grid.sigma[i]), prediction, history)
-        table[i, [COLUMNS["guidance"], COLUMNS["low"], COLUMNS["high"]]] = guidances[i], low, high
-    if not np.isfinite(table[:, [c for n, c in COLUMNS.items() if n not in ("low", "high")]]).all():
+    table[:, COLUMNS["guidance"]] = guidances
+    table[:, [COLUMNS["low"], COLUMNS["high"]]] = low, high
+    if not np.isfinite(np.delete(table, [COLUMNS["low"], COLUMNS["high"]], axis=1)).all():
+        first, last = ((float(grid.alpha[i]), float(grid.sigma[i])) for i in (0, -1))
         raise ValueError(
-            f"solver {solver!r} has no finite coefficients for prediction {prediction!r} on these times: alpha and sigma "
-            f"run from ({grid.alpha[0]:g}, {grid.sigma[0]:g}) to ({grid.alpha[-1]:g}, {grid.sigma[-1]:g})"
+            f"solver {solver!r} has no finite coefficients for prediction {prediction!r} on these times: "
+            f"(alpha, sigma) runs from {first} to {last}"
         )
 
     whole = schedule.num_train_timesteps is not None and (grid_times == np.round(grid_times)).all()
@@ -180,10 +182,11 @@ def _conversion(prediction: str, alpha: float, sigma: float) -> tuple[tuple[floa
     """x_0 and epsilon as (factor of x, factor of the model's output), from x = alpha x_0 + sigma eps."""
     with np.errstate(divide="ignore", invalid="ignore"):
         a, s = np.float64(alpha), np.float64(sigma)
+        norm = a**2 + s**2  # 1 where the schedule preserves variance
         x0, eps = {
             "epsilon": ((1 / a, -s / a), (0.0, 1.0)),
             "sample": ((0.0, 1.0), (1 / s, -a / s)),
-            "v_prediction": ((a, -s), (s, a)),
+            "v_prediction": ((a / norm, -s / norm), (s / norm, a / norm)),
             "flow": ((1 / (a + s), -s / (a + s)), (1 / (a + s), a / (a + s))),
         }[prediction]
     return x0, eps

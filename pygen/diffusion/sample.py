@@ -95,8 +95,8 @@ def sample(
     """Draw samples from a diffusion model.
 
     Args:
-        model: called as ``model(x, t, **cond)`` with x (batch, ...) and t (batch,); returns a tensor of x's shape, or an
-            object whose ``sample`` is one, as diffusers' models do.
+        model: called as ``model(x, t, **cond)`` with x (batch, ...) and t (batch,); returns a tensor of x's shape, or
+            an object whose ``sample`` is one, as diffusers' models do.
         shape: of the result, batch first.
         solver: a name of ``pygen.diffusion.solvers.SOLVERS``, or a ready ``StepPlan``, which then says all that
             ``schedule``, ``steps``, ``guidance`` and ``options`` would.
@@ -138,11 +138,12 @@ def sample(
     # With guidance the model sees every sample twice: the state is the first half of its input.
     model_input = torch.empty((2 * batch if guided else batch, *shape[1:]), dtype=dtype, device=device)
     x = model_input[:batch]
+    key = None
     if generator is not None:
         torch.randn(tuple(shape), generator=generator, out=x)
     else:
-        seed = index_tensor(torch.randint(2**63 - 1, (1,)) if seed is None else seed, x.device)
-        philox_normal(seed=seed, sample_ids=sample_ids, out=x)
+        key = index_tensor(int(torch.randint(2**63 - 1, ())) if seed is None else seed, x.device)
+        philox_normal(seed=key, sample_ids=sample_ids, out=x)
     if steps_plan.initial_scale != 1.0:
         x.mul_(steps_plan.initial_scale)
 
@@ -166,7 +167,7 @@ def sample(
             output[:batch],
             uncond=output[batch:] if guided else None,
             noise=noise,
-            seed=None if generator is not None else seed,
+            seed=key,
             sample_ids=sample_ids,
             out=x,
             pred=pred,

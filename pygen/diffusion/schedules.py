@@ -48,10 +48,13 @@ class Schedule:
             if self.num_train_timesteps is not None:
                 stride = float(self.num_train_timesteps // steps)
             visited = self.t_min + count[::-1] * stride
-        elif spacing == "linspace":
-            visited = np.linspace(self.t_max, self.t_min, steps)
+        elif spacing == "linspace":  # upwards: halves between two training steps then round as in diffusers
+            visited = np.linspace(self.t_min, self.t_max, steps)[::-1] if steps > 1 else np.array([self.t_max])
         elif spacing == "trailing":
             visited = self.t_max - count * ((self.t_max - self.t_clean) / steps)
+            if self.num_train_timesteps is not None:  # counted from the clean end, for the same reason
+                stride = self.num_train_timesteps / steps
+                visited = np.round(np.arange(self.num_train_timesteps, 0, -stride)[:steps]) + self.t_clean
         else:
             raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
         if self.num_train_timesteps is not None:
@@ -114,13 +117,19 @@ def sigmoid(num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end:
 def karras(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
     """x_t = x_0 + sigma_t eps, sigma^(1/rho) linear in t from 0 to 1 (Karras et al. 2022, equation 5)."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    t_clean = -low / (high - low)
+
+    def sigma(t: ArrayLike) -> Array:
+        t = np.asarray(t, dtype=np.float64)
+        return np.where(t > t_clean, np.maximum(low + t * (high - low), 0.0), 0.0) ** rho  # 0, not nearly 0, at t_clean
+
     return Schedule(
         "karras",
         alpha=lambda t: np.ones_like(t, dtype=np.float64),
-        sigma=lambda t: np.maximum(low + np.asarray(t) * (high - low), 0.0) ** rho,
+        sigma=sigma,
         t_max=1.0,
         t_min=0.0,
-        t_clean=-low / (high - low),
+        t_clean=t_clean,
     )
 
 

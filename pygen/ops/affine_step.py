@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ def affine_step(
                 tensor.copy_(result)
         return out
     _kernel(
-        x, model_output, table, rows, uncond, history, noise, noise_scale, mask, scale, seed, sample_ids, out, pred, second
+        x, model_output, table, rows, uncond, history, noise, noise_scale, mask, scale, seed, sample_ids,
+        out, pred, second,
     )  # fmt: skip
     return out
 
@@ -151,7 +153,8 @@ def affine_step_reference(
     if mask is not None:
         mask = mask.to(compute)
         following = (1 - mask) * following + mask * second
-    return tuple(result.to(x.dtype).expand(x.shape) for result in (following, pred, second))
+    following, pred, second = (result.to(x.dtype).expand(x.shape) for result in (following, pred, second))
+    return following, pred, second
 
 
 def _philox(x: Tensor, seed: Tensor, steps: Tensor, sample_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -174,7 +177,7 @@ def _fake(*arguments: object, **named: object) -> None:
     return None
 
 
-def _make_table(rows: Sequence[dict[str, float]], n_history: int = 0) -> Tensor:
+def make_table(rows: Sequence[dict[str, float]], n_history: int = 0) -> Tensor:
     """A table from rows of named coefficients, for examples and tests; ``h<j>_<r>`` names a history column."""
     table = torch.zeros(len(rows), HISTORY_COLUMN + 2 * n_history, dtype=torch.float64)
     for name, value in {"guidance": 1.0, "low": -math.inf, "high": math.inf, "rescale": 1.0}.items():
@@ -200,7 +203,9 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     plain = {"pred_x": 1.1, "pred_out": -0.4, "x0": 0.8, "pred0": 0.2}
     unconditional = plain | {"guidance": 0.0, "out0": 0.5, "step": 1}
 
-    def example(name: str, table: Tensor, *size: int, rows: object = 0, model: torch.dtype = dtype, **more: object) -> Example:
+    def example(
+        name: str, table: Tensor, *size: int, rows: object = 0, model: torch.dtype = dtype, **more: Any
+    ) -> Example:
         n_history = (table.shape[1] - HISTORY_COLUMN) // 2
         arguments = {
             "x": tensor(*size), "model_output": tensor(*size, like=model), "table": table, "rows": torch.tensor(rows),
@@ -208,13 +213,13 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         }  # fmt: skip
         return Example(name, arguments | more)
 
-    def everything(*size: int, like: torch.dtype = dtype) -> dict[str, Tensor]:
+    def everything(*size: int, like: torch.dtype = dtype) -> dict[str, Any]:
         return {
-            "uncond": tensor(*size, like=like), "seed": torch.tensor([42]), "pred": torch.full(size, math.nan, dtype=dtype),
-            "second": torch.full(size, math.nan, dtype=dtype),
+            "uncond": tensor(*size, like=like), "seed": torch.tensor([42]),
+            "pred": torch.full(size, math.nan, dtype=dtype), "second": torch.full(size, math.nan, dtype=dtype),
         }  # fmt: skip
 
-    table = _make_table([full, clamped, plain, unconditional], n_history=2)
+    table = make_table([full, clamped, plain, unconditional], n_history=2)
     for count in range(0, 132):
         yield example("every count", table, 1, count, **everything(1, count))
     for row in range(4):
@@ -240,9 +245,11 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         out=torch.full(shape, math.nan, dtype=dtype).to(memory_format=torch.channels_last), noise=tensor(*shape),
     )  # fmt: skip
     wide = tensor(5, 6, 7, 18)
-    yield example("sliced", table, *shape, x=wide[:, 1:4, :, ::2], model_output=wide[:, 3:, :, 1::2], **everything(*shape))
-    yield example("misaligned", table, 3, 129, x=tensor(388)[1:].view(3, 129), model_output=tensor(390)[3:].view(3, 129),
-                  noise=tensor(3, 129))  # fmt: skip
+    yield example(
+        "sliced", table, *shape, x=wide[:, 1:4, :, ::2], model_output=wide[:, 3:, :, 1::2], **everything(*shape)
+    )
+    misaligned: dict[str, Any] = {"x": tensor(388)[1:].view(3, 129), "model_output": tensor(390)[3:].view(3, 129)}
+    yield example("misaligned", table, 3, 129, **misaligned, noise=tensor(3, 129))
     x = tensor(*shape)
     yield example("in place", table, *shape, x=x, **everything(*shape) | {"out": x})
     ring = [tensor(*shape), tensor(*shape)]
@@ -252,8 +259,10 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     yield example("NaN and Inf", table, 2, 64, rows=[0, 1], x=special, **everything(2, 64))
     unread = torch.full((2, 64), math.nan, dtype=dtype)
     yield example("unread NaN", table, 2, 64, rows=2, history=[unread, unread], uncond=unread, noise=unread)
-    yield example("no model output", _make_table([{"x0": 0.5, "noise0": 2.0}]), 2, 9, model_output=None, noise=tensor(2, 9))
-    many = _make_table([{f"h{j}_{r}": 0.1 * (j + 1) - r for j in range(12) for r in (0, 1)}], 12)
+    yield example(
+        "no model output", make_table([{"x0": 0.5, "noise0": 2.0}]), 2, 9, model_output=None, noise=tensor(2, 9)
+    )
+    many = make_table([{f"h{j}_{r}": 0.1 * (j + 1) - r for j in range(12) for r in (0, 1)}], 12)
     yield example("12 history terms", many, 2, 77, second=torch.full((2, 77), math.nan, dtype=dtype))
 
 
@@ -268,11 +277,6 @@ AFFINE_STEP = OpSpec(
     function=affine_step,
     reference=lambda out, pred=None, second=None, **arguments: affine_step_reference(**arguments),
     operator=_kernel,
-    operator_arguments=lambda **a: (
-        (a["x"], a["model_output"], a["table"], a["rows"], a.get("uncond"), a["history"])
-        + tuple(a.get(name) for name in ("noise", "noise_scale", "mask", "scale", "seed", "sample_ids", "out", "pred", "second")),
-        {},
-    ),
     outputs=("out", "pred", "second"),
     backends=_BACKENDS,
     examples=_examples,

@@ -54,7 +54,11 @@ def philox_normal(
         raise ValueError(f"philox_normal: size {tuple(size)} is not the shape of out, {tuple(out.shape)}")
     seed, step = index_tensor(seed, out.device), index_tensor(step, out.device)
     if use_reference("philox_normal", _BACKENDS, out.device):
-        return out.copy_(philox_normal_reference(out.shape, seed=seed, step=step, sample_ids=sample_ids, draw=draw, dtype=out.dtype)[0])
+        return out.copy_(
+            philox_normal_reference(out.shape, seed=seed, step=step, sample_ids=sample_ids, draw=draw, dtype=out.dtype)[
+                0
+            ]
+        )
     _kernel(out, seed, step, sample_ids, draw=draw)
     return out
 
@@ -117,19 +121,23 @@ def _fake(out: Tensor, seed: Tensor, step: Tensor, sample_ids: Tensor | None = N
 
 def _examples(dtype: torch.dtype) -> Iterator[Example]:
     def example(name: str, out: Tensor, **arguments: object) -> Example:
-        return Example(name, {"seed": 0x0123456789ABCDEF, "out": out} | arguments)
+        return Example(
+            name, {"out": out, "seed": torch.tensor([0x0123456789ABCDEF]), "step": torch.tensor([0])} | arguments
+        )
 
     def empty(*size: int) -> Tensor:
         return torch.full(size, math.nan, dtype=dtype)
 
     for count in range(36):
         yield example("every count", empty(1, count))
-    yield example("latents", empty(2, 4, 64, 64), step=3)
+    yield example("latents", empty(2, 4, 64, 64), step=torch.tensor([3]))
     yield example("empty batch", empty(0, 4))
     yield example("channels-last", empty(2, 4, 5, 7).to(memory_format=torch.channels_last), draw=5)
-    yield example("sliced", empty(3, 100)[:, 7:90:3], seed=-1)
+    yield example("sliced", empty(3, 100)[:, 7:90:3], seed=torch.tensor([-1]))
     yield example("misaligned", empty(211)[1:].view(2, 105))
-    yield example("steps and ids", empty(3, 50), step=torch.tensor([4, 0, 9]), sample_ids=torch.tensor([8, 2**32 - 1, 0]))
+    yield example(
+        "steps and ids", empty(3, 50), step=torch.tensor([4, 0, 9]), sample_ids=torch.tensor([8, 2**32 - 1, 0])
+    )
 
 
 PHILOX_NORMAL = OpSpec(
@@ -139,9 +147,6 @@ PHILOX_NORMAL = OpSpec(
         arguments["out"].shape, dtype=arguments.pop("out").dtype, **arguments
     ),
     operator=_kernel,
-    operator_arguments=lambda out, seed, step=0, sample_ids=None, draw=0: (
-        (out, index_tensor(seed, out.device), index_tensor(step, out.device), sample_ids), {"draw": draw},
-    ),
     outputs=("out",),
     backends=_BACKENDS,
     examples=_examples,

@@ -27,8 +27,7 @@ class OpSpec:
     function: the public function; writes the tensors named by ``outputs``, of which an example may leave some out.
     reference: plain PyTorch, the same arguments less the outputs; returns a tuple in the order of ``outputs``. Runs in
         the dtype of its inputs (halves compute in float32), float64 included.
-    operator: the entry under torch.ops.
-    arguments: the operator's positional arguments for an example, for opcheck.
+    operator: the entry under torch.ops; its arguments have the names of the function's.
     examples: for a dtype, the cases that every test of correctness runs.
     bytes_moved, flops: of an example, for the floors that benchmarks print.
     """
@@ -37,7 +36,6 @@ class OpSpec:
     function: Callable[..., Tensor]
     reference: Callable[..., tuple[Tensor, ...]]
     operator: Any
-    operator_arguments: Callable[..., tuple[Any, ...]]
     outputs: tuple[str, ...]
     backends: tuple[str, ...]
     examples: Callable[[torch.dtype], Iterator[Example]]

@@ -24,12 +24,16 @@ enum Column : int32_t {
   kLow,
   kHigh,
   kRescale,
-  kX0, kOut0, kPred0, kNoise0,  // clang-format off
-  kX1, kOut1, kPred1, kNoise1,  // clang-format on
+  kX0,
+  kOut0,
+  kPred0,
+  kNoise0,  // clang-format off
+  kX1, kOut1, kPred1, kNoise1,   // clang-format on
   kHistory,  // from here on two columns per history term, one for each result
 };
-inline constexpr const char* kColumnNames[] = {"step", "guidance", "pred_x", "pred_out", "low",   "high",  "rescale", "x0",
-                                               "out0", "pred0",    "noise0", "x1",       "out1", "pred1", "noise1"};
+inline constexpr const char* kColumnNames[] = {"step",   "guidance", "pred_x", "pred_out", "low",
+                                               "high",   "rescale",  "x0",     "out0",     "pred0",
+                                               "noise0", "x1",       "out1",   "pred1",    "noise1"};
 static_assert(sizeof(kColumnNames) / sizeof(*kColumnNames) == kHistory);
 
 enum Term : int32_t { kTermX, kTermCond, kTermUncond, kTermNoise, kTermNoiseScale, kTermMask, kTermHistory };

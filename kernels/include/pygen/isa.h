@@ -21,20 +21,19 @@ void set_isa(const char* name);
 
 // Every CPU kernel is one function per instruction set; PYGEN_CPU_KERNEL declares the three and the one that
 // chooses between them.
-#define PYGEN_CPU_KERNEL(name, Args)                                    \
-  namespace baseline {                                                  \
-  void name(const Args& args, int64_t begin, int64_t end);              \
-  }                                                                     \
-  namespace avx2 {                                                      \
-  void name(const Args& args, int64_t begin, int64_t end);              \
-  }                                                                     \
-  namespace avx512 {                                                    \
-  void name(const Args& args, int64_t begin, int64_t end);              \
-  }                                                                     \
-  inline void name(const Args& args, int64_t begin, int64_t end) {      \
-    constexpr decltype(&baseline::name) kernels[] = {                   \
-        &baseline::name, &avx2::name, &avx512::name};                   \
-    kernels[static_cast<int>(isa())](args, begin, end);                 \
+#define PYGEN_CPU_KERNEL(name, Args)                                                               \
+  namespace baseline {                                                                             \
+  void name(const Args& args, int64_t begin, int64_t end);                                         \
+  }                                                                                                \
+  namespace avx2 {                                                                                 \
+  void name(const Args& args, int64_t begin, int64_t end);                                         \
+  }                                                                                                \
+  namespace avx512 {                                                                               \
+  void name(const Args& args, int64_t begin, int64_t end);                                         \
+  }                                                                                                \
+  inline void name(const Args& args, int64_t begin, int64_t end) {                                 \
+    constexpr decltype(&baseline::name) kernels[] = {&baseline::name, &avx2::name, &avx512::name}; \
+    kernels[static_cast<int>(isa())](args, begin, end);                                            \
   }
 
 }  // namespace pygen

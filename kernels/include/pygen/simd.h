@@ -85,9 +85,7 @@ PYGEN_INLINE F32 fma(F32 a, F32 b, F32 c) {
   return __builtin_convertvector(bits<F64>(bits<I64>(sum) + (outwards & inexact & even)), F32);
 }
 PYGEN_INLINE F32 sqrt(F32 a) { return _mm_sqrt_ps(a); }
-PYGEN_INLINE U64 mul_low(U64 a, uint32_t b) {
-  return bits<U64>(_mm_mul_epu32(bits<__m128i>(a), _mm_set1_epi64x(b)));
-}
+PYGEN_INLINE U64 mul_low(U64 a, uint32_t b) { return bits<U64>(_mm_mul_epu32(bits<__m128i>(a), _mm_set1_epi64x(b))); }
 #endif
 
 // a0 b0 a1 b1 ... from the first (half = 0) or second (half = 1) halves of a and b.
@@ -119,9 +117,7 @@ PYGEN_INLINE F32 interleave(F32 a, F32 b) {
   return half | (all >> 16 & 0x8000);
 }
 
-PYGEN_INLINE int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2;
-}
+PYGEN_INLINE int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2; }
 
 // kLanes neighbours, widened to float.
 template <DType kDType>

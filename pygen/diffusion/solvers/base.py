@@ -61,9 +61,11 @@ def first_order(grid: Grid, i: int) -> tuple[float, float]:
 
 
 def posterior(grid: Grid, i: int) -> tuple[float, float, float, float]:
-    """q(x_{i+1} | x_i, x_0) of the forward process: the factors of x_i and x_0 in its mean, its variance, and the
-    variance of q(x_i | x_{i+1}) (Ho et al. 2020, equations 6 and 7, for any two times)."""
+    """x_{i+1} given x_i: the factors of x_i and x_0 in its mean and its variance where x_0 is known, q(x_{i+1} | x_i, x_0)
+    of the forward process, and its variance where x_0 ~ N(0, 1), which is beta where alpha^2 + sigma^2 = 1 (Ho et al.
+    2020, equations 6 and 7 and section 3.2, for any two times)."""
     scale = grid.alpha[i] / grid.alpha[i + 1]
-    forward = grid.sigma[i] ** 2 - (scale * grid.sigma[i + 1]) ** 2
+    forward = grid.sigma[i] ** 2 - (scale * grid.sigma[i + 1]) ** 2  # the variance of q(x_i | x_{i+1})
     share = grid.sigma[i + 1] ** 2 / grid.sigma[i] ** 2
-    return scale * share, grid.alpha[i + 1] * forward / grid.sigma[i] ** 2, forward * share, forward
+    marginal = (grid.alpha[i + 1] ** 2 + grid.sigma[i + 1] ** 2) / (grid.alpha[i] ** 2 + grid.sigma[i] ** 2)
+    return scale * share, grid.alpha[i + 1] * forward / grid.sigma[i] ** 2, forward * share, forward * marginal

@@ -22,8 +22,6 @@ def dpmpp_2m(grid: Grid, *, lower_order_final: bool = True) -> list[SolverStep]:
         if i > 0 and not final and math.isfinite(log_snr[i - 1]):
             extrapolate = 0.5 * (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])  # 1 / (2 r)
         steps.append(
-            SolverStep(
-                Combination(x=of_x, pred=of_pred * (1 + extrapolate), history=(-of_pred * extrapolate,))
-            )
+            SolverStep(Combination(x=of_x, pred=of_pred * (1 + extrapolate), history=(-of_pred * extrapolate,)))
         )
     return steps

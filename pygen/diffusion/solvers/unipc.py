@@ -1,9 +1,9 @@
 """UniPC: a predictor and a corrector of any order that share their model evaluations.
 
-Zhao et al. 2023, "UniPC: a unified predictor-corrector framework for fast sampling of diffusion models", in the form for
-data prediction (appendix): the weights solve R_p a = b (equation 11 of section 3.2), B(h) as in section 4.1. The corrector of a step
-needs the evaluation at the predicted point, which the next step makes anyway; so row i corrects x_i, then predicts
-x_{i+1} from it, and both are one combination of what was carried, m_i and the history.
+Zhao et al. 2023, "UniPC: a unified predictor-corrector framework for fast sampling of diffusion models", in the form
+for data prediction (appendix): the weights solve R_p a = b (equation 11 of section 3.2), B(h) as in section 4.1. The
+corrector of a step needs the evaluation at the predicted point, which the next step makes anyway; so row i corrects
+x_i, then predicts x_{i+1} from it, and both are one combination of what was carried, m_i and the history.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _update(grid: Grid, i: int, order: int, variant: str, corrects: bool) -> _Up
 def unipc(
     grid: Grid, *, order: int = 2, corrector: bool = True, variant: str = "bh2", lower_order_final: bool = True
 ) -> list[SolverStep]:
-    """``order``: 1 to 3, of the predictor; the corrector (UniC-p) adds one. ``variant``: B(h), "bh1" h or "bh2" e^h - 1.
+    """``order``: 1 to 3, of the predictor; the corrector (UniC-p) adds one. ``variant``: B(h), "bh1" h, "bh2" e^h - 1.
 
     ``lower_order_final``: lower the order towards the end, as it always is where a step ends at sigma = 0.
     """

@@ -1,0 +1,5 @@
+import sys
+
+from pygen.cli import main
+
+sys.exit(main())

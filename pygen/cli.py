@@ -1,0 +1,246 @@
+"""The command line: options in, one line of error out; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+import pygen
+from pygen import _C
+from pygen.diffusion import SOLVERS
+from pygen.diffusion.schedules import SPACINGS
+from pygen.images import grid, replacing, to_pixels
+from pygen.models.checkpoint import MAX_COUNT, CheckpointError, ModelDescription, load_model
+
+DIGITS = Path(__file__).parent / "models" / "digits"
+SEED = click.IntRange(0, 2**64 - 1)
+TILE = 40  # pixels that a small sample is enlarged to fill in a grid
+
+
+@click.group(invoke_without_command=True)
+@click.version_option(pygen.__version__, message="pygen %(version)s")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Fast generative sampling for PyTorch."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+        return
+    try:
+        _C.isa()  # reads PYGEN_CPU_ISA, which no command can do without
+    except RuntimeError as error:
+        raise click.ClickException(f"PYGEN_CPU_ISA: {error}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code. Bad input is one line on stderr and 2, an interrupt is 130."""
+    try:
+        code = cli.main(args=arguments, prog_name="pygen", standalone_mode=False)
+    except click.Abort:
+        return 130
+    except click.ClickException as error:
+        click.echo(f"pygen: error: {' '.join(error.format_message().split())}", err=True)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+class Numbers(click.ParamType[list[int]]):
+    """Classes: numbers and ranges, "0,2,5-7"."""
+
+    name = "classes"
+
+    def convert(self, value: object, param: click.Parameter | None, context: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        numbers: list[int] = []
+        for part in str(value).split(","):
+            first, dash, last = part.strip().partition("-")
+            if not (_is_count(first) and (_is_count(last) if dash else True)):
+                self.fail(f"{value!r} is not numbers and ranges, such as 0,2,5-7", param, context)
+            begin, end = int(first), int(last or first)
+            if end < begin:
+                self.fail(f"the range {part.strip()!r} runs backwards", param, context)
+            if end >= MAX_COUNT:
+                self.fail(f"{end} is not a class of any model", param, context)
+            numbers += range(begin, end + 1)
+        return numbers
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+class Finite(click.ParamType[float]):
+    """A number that is neither NaN nor infinite."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        number = float(click.FLOAT.convert(value, param, context))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, context)
+        return number
+
+
+class Output(click.Path):
+    """A file to write, in a folder that is there, with a suffix that says what to write."""
+
+    def __init__(self, *suffixes: str) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, context)))
+        if path.suffix not in self.suffixes:
+            self.fail(f"{value!r} must end in {' or '.join(self.suffixes)}", param, context)
+        if not path.parent.is_dir():
+            self.fail(f"the folder {str(path.parent)!r} does not exist", param, context)
+        return path
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[IO[bytes]]:
+    """``replacing``, with what the disk refuses told as an error of the option."""
+    try:
+        with replacing(out) as stream:
+            yield stream
+    except OSError as error:
+        raise click.BadParameter(
+            f"cannot write {str(out)!r}: {error.strerror or error}", param_hint="'--out'"
+        ) from None
+
+
+def _need(module: str, package: str) -> None:
+    try:
+        import_module(module)
+    except ModuleNotFoundError:
+        raise click.ClickException(f"{package} is not installed: pip install 'pygen-kernels[demo]'") from None
+
+
+@cli.command()
+def doctor() -> None:
+    """Show versions, instruction sets, CUDA, and every op x backend."""
+    from pygen._doctor import doctor
+
+    doctor()
+
+
+@cli.command()
+@click.option("--out", type=Output(".png"), default="digits.png", show_default=True, help="Where the pictures go.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
+def demo(out: Path, seed: int) -> None:
+    """Draw digits by five solvers, time them, and write the pictures."""
+    _need("PIL", "pillow")
+    _need("sklearn", "scikit-learn")
+    from pygen.demo import run
+
+    with _writing(out) as stream:
+        picture, _ = run(DIGITS, seed)
+        picture.save(stream, "PNG")
+    click.echo(f"pictures in {out}")
+
+
+@cli.command()
+@click.option(
+    "--model",
+    "directory",
+    type=click.Path(path_type=Path),
+    default=DIGITS,
+    help="Folder of a model; digits if left out.",
+)
+@click.option("--solver", type=click.Choice(list(SOLVERS)), default="dpmpp_2m", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--spacing", type=click.Choice(SPACINGS), default="trailing", show_default=True, help="Of the times.")
+@click.option("--classes", type=Numbers(), help="Such as 0,2,5-7; taken in turn. All if left out.")
+@click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="How many samples.")
+@click.option("--guidance", type=Finite(), default=2.0, show_default=True, help="Factor of classifier-free guidance.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=256, show_default=True, help="Samples at once; bounds the memory."
+)
+@click.option("--out", type=Output(".png", ".npy", ".safetensors"), required=True, help="A grid (.png) or the tensor.")
+def sample(
+    directory: Path,
+    solver: str,
+    steps: int,
+    spacing: str,
+    classes: list[int] | None,
+    count: int,
+    guidance: float,
+    seed: int,
+    batch: int,
+    out: Path,
+) -> None:
+    """Draw samples from a model and write them to a file."""
+    try:
+        model, description = load_model(directory)
+    except CheckpointError as error:
+        raise click.BadParameter(str(error), param_hint="'--model'") from None
+    channels = description.shape[0]
+    if out.suffix == ".png":
+        _need("PIL", "pillow")
+        if channels not in (1, 3):
+            raise click.BadParameter(f"a .png needs samples of 1 or 3 channels, not {channels}", param_hint="'--out'")
+    null = description.num_classes
+    classes = list(range(null)) if classes is None else classes
+    if max(classes) >= null:
+        raise click.BadParameter(f"{max(classes)} is not one of the classes 0 to {null - 1}", param_hint="'--classes'")
+    try:
+        steps_plan = pygen.plan(
+            solver,
+            description.schedule,
+            steps,
+            prediction=description.prediction,
+            guidance=guidance,
+            clip=description.clip,
+            spacing=spacing,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    try:
+        samples = torch.empty(count, *description.shape)
+    except RuntimeError:
+        raise click.BadParameter(f"{count} samples do not fit in the memory", param_hint="'--count'") from None
+
+    begin = time.perf_counter()
+    with _writing(out) as stream:
+        labels = torch.tensor(classes)
+        for first in range(0, count, batch):
+            ids = torch.arange(first, min(first + batch, count))
+            samples[ids] = pygen.sample(
+                model,
+                (len(ids), *description.shape),
+                solver=steps_plan,
+                cond={"class_labels": labels[ids % len(labels)]},
+                uncond=None if guidance == 1.0 else {"class_labels": torch.full_like(ids, null)},
+                seed=seed,
+                sample_ids=ids,
+            )
+        if not samples.isfinite().all():
+            raise click.ClickException(f"the samples are not finite: the model diverges with guidance {guidance:g}")
+        _write(stream, out.suffix, samples, description)
+    seconds = time.perf_counter() - begin
+    click.echo(f"{count} samples by {solver} in {steps} steps: {seconds:.2f} s, {out}")
+
+
+def _write(stream: IO[bytes], suffix: str, samples: Tensor, description: ModelDescription) -> None:
+    if suffix == ".npy":
+        np.save(stream, samples.numpy())
+    elif suffix == ".safetensors":
+        stream.write(save({"samples": samples}))
+    else:
+        low, high = description.clip or (float(samples.min()), float(samples.max()))
+        scale = max(1, TILE // max(description.shape[1:]))
+        picture = grid(to_pixels(samples, low, high), math.isqrt(len(samples) - 1) + 1, scale=scale)
+        picture.save(stream, "PNG")

@@ -1,0 +1,131 @@
+"""affine_step beyond its spec: its noise, its aliasing rules, and what it says of wrong arguments."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import pygen
+from pygen.ops.affine_step import COLUMNS, HISTORY_COLUMN, make_table
+from pygen.ops.philox_normal import DRAW_AFFINE_STEP
+
+ZERO = torch.tensor(0)
+
+
+def test_noise_is_that_of_philox_normal(isa: str) -> None:
+    x, ids, seed = torch.zeros(3, 5, 7), torch.tensor([4, 0, 2**32 - 1]), torch.tensor([77])
+    table = make_table([{"noise0": 1.0, "step": 3}, {"noise0": 1.0, "step": 8}])
+    rows = torch.tensor([1, 0, 1])
+    drawn = pygen.affine_step(x, None, table, rows, seed=seed, sample_ids=ids)
+    steps = torch.tensor([8, 3, 8])
+    assert torch.equal(
+        drawn, pygen.philox_normal(x.shape, seed=seed, sample_ids=ids, step=steps, draw=DRAW_AFFINE_STEP)
+    )
+
+
+def test_noise_per_token_follows_each_tokens_row() -> None:
+    x, seed = torch.zeros(2, 3, 5), torch.tensor([77])
+    table = make_table([{"noise0": 1.0, "step": step} for step in range(3)])
+    drawn = pygen.affine_step(x, None, table, torch.tensor([[0, 1, 2], [2, 2, 0]]), seed=seed)
+    for step in range(3):
+        whole = pygen.philox_normal(x.shape, seed=seed, step=step, draw=DRAW_AFFINE_STEP)
+        assert torch.equal(drawn[0, step], whole[0, step])
+
+
+def test_row_scale_reaches_each_coefficient() -> None:
+    x = torch.randn(2, 6)
+    table = make_table([{"x0": 2.0, "pred_x": 1.0, "pred0": 1.0, "low": -1.0, "high": 1.0}])
+    scale = torch.ones(2, table.shape[1])
+    scale[1, [COLUMNS["low"], COLUMNS["high"]]] = 0.5
+    expected = 2 * x + torch.stack([x[0].clamp(-1, 1), x[1].clamp(-0.5, 0.5)])
+    torch.testing.assert_close(pygen.affine_step(x, None, table, ZERO, scale=scale), expected)
+
+
+def test_mask_is_exact_at_both_ends() -> None:
+    x, known = torch.randn(2, 64), torch.randn(2, 64)
+    table = make_table([{"x0": 1 / 3, "h0_1": 1.0}], n_history=1)
+    mask = torch.arange(64) % 2 == 0
+    result = pygen.affine_step(x, None, table, ZERO, history=[known], mask=mask)
+    assert torch.equal(result[:, mask], known[:, mask])
+    assert torch.equal(result[:, ~mask], pygen.affine_step(x, None, table, ZERO, history=[known])[:, ~mask])
+
+
+def test_allocates_nothing_with_out() -> None:
+    x = torch.randn(2, 4, 32, 32)
+    table, model_output, out = make_table([{"x0": 1.0, "out0": 1.0}]), torch.randn(2, 4, 32, 32), torch.empty_like(x)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        assert pygen.affine_step(x, model_output, table, ZERO, out=out) is out
+        assert pygen.affine_step(x, model_output, table, ZERO, out=x) is x
+    assert sum(event.self_cpu_memory_usage for event in profile.key_averages()) == 0
+
+
+def test_threads_share_the_work_to_the_bit(isa: str) -> None:
+    x, seed = torch.randn(3, 70001), torch.tensor([1])
+    table = make_table([{"x0": 0.5, "noise0": 1.0}])
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(pygen.affine_step(x, None, table, ZERO, seed=seed))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_offsets_beyond_32_bits() -> None:
+    far = torch.empty(1 << 31, dtype=torch.float32)[:: (1 << 30) + 7].view(1, -1)
+    far.copy_(torch.tensor([[1.0, 2.0]]))
+    assert pygen.affine_step(far, None, make_table([{"x0": 3.0}]), ZERO, out=far).tolist() == [[3.0, 6.0]]
+
+
+X = torch.ones(2, 8)
+READS_ALL = make_table([{"x0": 1.0, "out0": 1.0, "noise0": 1.0, "h0_0": 1.0}], n_history=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": torch.tensor(1.0)}, ValueError, "x must begin with the batch"),
+        ({"x": X.double()}, TypeError, "out must be float32, bfloat16 or float16"),
+        ({"model_output": torch.ones(3, 8)}, ValueError, r"model_output of shape \[3, 8\] does not broadcast to x"),
+        ({"model_output": X.long()}, TypeError, "model_output must be float32, bfloat16 or float16"),
+        ({"model_output": None}, ValueError, "row 0 reads the model output, and model_output is None"),
+        ({"model_output": None, "uncond": X}, ValueError, "uncond needs model_output"),
+        ({"table": READS_ALL.float()}, TypeError, "table must be Double"),
+        ({"table": READS_ALL[0]}, ValueError, "table must have shape"),
+        ({"history": []}, ValueError, "table must have shape .* for 0 history terms"),
+        ({"history": [X] * 13}, ValueError, "history holds 13 tensors, more than 12"),
+        ({"rows": torch.tensor([0, 0, 0])}, ValueError, "rows must hold one index, one per sample"),
+        ({"rows": torch.tensor([0, -1])}, IndexError, "rows holds -1, but the table has 1 rows"),
+        ({"rows": torch.tensor([1, 0])}, IndexError, "rows holds 1, but the table has 1 rows"),
+        ({"rows": torch.tensor([0], dtype=torch.int32)}, TypeError, "rows must be Long"),
+        ({"noise": None}, ValueError, "row 0 adds noise: give seed or noise"),
+        ({"seed": torch.tensor([1])}, ValueError, "give noise or seed, not both"),
+        ({"noise": None, "seed": torch.tensor([1, 2])}, ValueError, "seed must hold one number"),
+        ({"sample_ids": torch.tensor([1])}, ValueError, "sample_ids must have shape"),
+        ({"scale": torch.ones(2, 3)}, ValueError, "scale must have shape"),
+        ({"mask": X.long()}, TypeError, "mask must be float32, bfloat16 or float16 or bool"),
+        ({"out": torch.ones(8)}, ValueError, "out must have x's shape"),
+        ({"pred": torch.ones(2, 8, dtype=torch.int32)}, TypeError, "pred must be float32"),
+        ({"x": X.clone().requires_grad_()}, RuntimeError, "not differentiable, and x requires grad"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    right = {"x": X, "model_output": X, "table": READS_ALL, "rows": ZERO, "history": [X], "noise": X}
+    with pytest.raises(error, match=message):
+        pygen.affine_step(**(right | arguments))
+
+
+def test_overlap_is_refused() -> None:
+    memory = torch.zeros(3, 8)
+    table = make_table([{"x0": 1.0, "pred_x": 1.0}])
+    with pytest.raises(RuntimeError, match="single memory location"):
+        pygen.affine_step(memory[:2], None, table, ZERO, out=memory[1:])
+    with pytest.raises(RuntimeError, match="single memory location"):
+        pygen.affine_step(memory[:2], None, table, ZERO, out=memory[:2], pred=memory[:2])
+
+
+def test_table_holds_two_columns_per_history_term() -> None:
+    assert make_table([{}], n_history=3).shape[1] == HISTORY_COLUMN + 6
+    assert make_table([{}])[0, COLUMNS["high"]] == math.inf

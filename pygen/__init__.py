@@ -2,6 +2,7 @@
 
 import torch as _torch  # noqa: F401  (its libraries must be loaded before the extension)
 
+from pygen._doctor import doctor
 from pygen.diffusion.plan import StepPlan, plan
 from pygen.diffusion.sample import sample
 from pygen.ops.affine_step import affine_step
@@ -9,4 +10,4 @@ from pygen.ops.backend import backend
 from pygen.ops.philox_normal import philox_normal
 
 __version__ = "0.1.0"
-__all__ = ["StepPlan", "affine_step", "backend", "philox_normal", "plan", "sample"]
+__all__ = ["StepPlan", "affine_step", "backend", "doctor", "philox_normal", "plan", "sample"]

@@ -21,7 +21,8 @@ import pygen
 from pygen import _C
 from pygen.diffusion import SOLVERS
 from pygen.diffusion.schedules import SPACINGS
-from pygen.images import grid, replacing, to_pixels
+from pygen.files import replacing
+from pygen.images import grid, to_pixels
 from pygen.models.checkpoint import MAX_COUNT, CheckpointError, ModelDescription, load_model
 
 DIGITS = Path(__file__).parent / "models" / "digits"
@@ -40,7 +41,7 @@ def cli(context: click.Context) -> None:
     try:
         _C.isa()  # reads PYGEN_CPU_ISA, which no command can do without
     except RuntimeError as error:
-        raise click.ClickException(f"PYGEN_CPU_ISA: {error}") from None
+        raise click.ClickException(str(error)) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,7 +164,7 @@ def demo(out: Path, seed: int) -> None:
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--spacing", type=click.Choice(SPACINGS), default="trailing", show_default=True, help="Of the times.")
 @click.option("--classes", type=Numbers(), help="Such as 0,2,5-7; taken in turn. All if left out.")
-@click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="How many samples.")
+@click.option("--count", type=click.IntRange(1, 2**32), default=100, show_default=True, help="How many samples.")
 @click.option("--guidance", type=Finite(), default=2.0, show_default=True, help="Factor of classifier-free guidance.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
 @click.option(

@@ -44,11 +44,10 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# DDIM derives epsilon from the clipped prediction: the model's own contradicts it where alpha is tiny, and digits blur.
-# That makes it Euler's method on the probability flow, so Euler visits other times, to show something else.
+# Without noise DDIM is Euler's method on the probability flow, so Euler visits other times, to show something else.
 RUNS = (
     Run("ddpm", "DDPM", 50, "DDPMScheduler"),
-    Run("ddim", "DDIM", 20, "DDIMScheduler", options={"use_clipped_model_output": True}),
+    Run("ddim", "DDIM", 20, "DDIMScheduler", options={"use_clipped_model_output": True}),  # diffusers needs it said
     Run("euler", "Euler", 20, "EulerDiscreteScheduler", spacing="linspace"),
     Run("dpmpp_2m", "DPM++ 2M", 20, "DPMSolverMultistepScheduler"),
     Run("unipc", "UniPC", 20, "UniPCMultistepScheduler"),
@@ -284,7 +283,7 @@ def _picture(recordings: dict[str, Recording], scans: Tensor) -> Image:
     """A grid per solver and one of real scans, three in a row; below them, the way from noise to digit."""
     from PIL import Image, ImageDraw, ImageFont
 
-    titles = {run.solver: (run.label, f"{run.steps} steps") for run in RUNS}
+    titles = {run.solver: (run.label, f"{run.steps} steps, {run.spacing}") for run in RUNS}
     sheets = [(*titles[solver], recording.samples[-1]) for solver, recording in recordings.items()]
     sheets.append(("Real scans", "what the model was trained on", scans))
     side = PER_DIGIT * (TILE + GAP) - GAP
@@ -324,7 +323,7 @@ def _picture(recordings: dict[str, Recording], scans: Tensor) -> Image:
         MARGIN + LABELS,
         strip_top,
         "From noise to digit",
-        f"{', '.join(titles[STRIP])}: the sample at each time, and the model's prediction of its end",
+        f"by {titles[STRIP][0]}: the sample at each time, and the model's prediction of its end",
     )
     top = strip_top + 70
     for column in range(columns):

@@ -1,12 +1,8 @@
-"""Samples as pictures, and files that are either whole or not there."""
+"""Samples as pictures."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,20 +35,3 @@ def grid(pixels: Pixels, columns: int, *, scale: int = 1, gap: int = 2, backgrou
             tile = tile.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
         sheet.paste(tile, (index % columns * wide, index // columns * tall))
     return sheet
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream that becomes the file ``path`` if the block ends well, and leaves nothing if it does not.
-
-    It is opened beside ``path`` at once, so that a folder that cannot be written fails before any work is done.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

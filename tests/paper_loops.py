@@ -1,9 +1,9 @@
 """The samplers as their papers print them: one plain loop each, in the paper's names, over tensors of any dtype.
 
-They share nothing with ``pygen.diffusion.solvers``: no coefficients, no merged rows. Each takes the schedule as lists of
-floats at the times of the trajectory, noisy to clean, the sample at the first of them, and ``predict(i, x)``, which
-returns the predictions (x_0, clipped where asked; epsilon, as the model has it) at the i-th time. Each returns the
-samples at all times.
+They share nothing with ``pygen.diffusion.solvers``: no coefficients, no merged rows. Each takes the schedule as numbers
+at the times of the trajectory, noisy to clean, the sample at the first of them, and ``predict(i, x)``, which returns
+the predictions (x_0, clipped where asked; epsilon, as the model has it) at the i-th time. Each returns the samples at
+all times.
 """
 
 from __future__ import annotations
@@ -138,7 +138,14 @@ def _unified(
 
 
 def unipc(
-    alpha: Floats, sigma: Floats, x_T: Tensor, predict: Predict, p: int, B: str, corrector: bool, lower_order_final: bool
+    alpha: Floats,
+    sigma: Floats,
+    x_T: Tensor,
+    predict: Predict,
+    p: int,
+    B: str,
+    corrector: bool,
+    lower_order_final: bool,
 ) -> list[Tensor]:
     """Zhao et al. 2023, algorithm 1 (multistep, warming up); the samples are those that the model sees.
 

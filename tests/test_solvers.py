@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -16,7 +17,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import pygen
-from pygen.diffusion import Schedule, StepPlan, Stepper, make_schedule
+from pygen.diffusion import Schedule, Stepper, StepPlan
 from pygen.ops.philox_normal import DRAW_AFFINE_STEP
 from tests import paper_loops
 from tests.diffusers_float64 import in_float64
@@ -57,17 +58,24 @@ def run(plan: StepPlan, x: Tensor, model: Model, **noise: Any) -> list[Tensor]:
     return trajectory
 
 
-def toy_model(plan: StepPlan, prediction: str) -> Model:
-    """A smooth denoiser, different with and without its condition, in the terms of ``prediction``."""
+def model_of(plan: StepPlan, prediction: str, x_0_of: Callable[[Tensor, float, float, float], Tensor]) -> Model:
+    """What x_0_of(x, alpha, sigma, condition) predicts, in the terms of ``prediction``, with and without condition."""
     alpha, sigma = grid(plan)
 
     def output(i: int, x: Tensor, condition: float) -> Tensor:
         a, s = alpha[i], sigma[i]
-        x_0 = 2 * torch.tanh(a * x / (a**2 + s**2) + condition)
+        x_0 = x_0_of(x, a, s, condition)
         epsilon = (x - a * x_0) / s
-        return {"epsilon": epsilon, "sample": x_0, "v_prediction": a * epsilon - s * x_0, "flow": epsilon - x_0}[prediction]
+        return {"epsilon": epsilon, "sample": x_0, "v_prediction": a * epsilon - s * x_0, "flow": epsilon - x_0}[
+            prediction
+        ]
 
     return lambda i, x: (output(i, x, 0.3), output(i, x, -0.1))
+
+
+def toy_model(plan: StepPlan, prediction: str) -> Model:
+    """A smooth denoiser that leaves [-1, 1]."""
+    return model_of(plan, prediction, lambda x, a, s, condition: 2 * torch.tanh(a * x / (a**2 + s**2) + condition))
 
 
 def grid(plan: StepPlan) -> tuple[list[float], list[float]]:
@@ -165,12 +173,20 @@ class Setting:
     def plan(self, solver: str, options: dict[str, Any]) -> StepPlan:
         where = {"steps": STEPS, "spacing": self.spacing} if self.times is None else {"times": self.times}
         return pygen.plan(
-            solver, self.schedule, prediction=self.prediction, guidance=self.guidance, clip=self.clip, **where, **options
+            solver,
+            self.schedule,
+            prediction=self.prediction,
+            guidance=self.guidance,
+            clip=self.clip,
+            **where,
+            **options,
         )
 
     def __str__(self) -> str:
         name = self.schedule if isinstance(self.schedule, str) else "-".join(map(str, self.schedule.values()))
-        return f"{name}-{self.prediction}-{self.spacing if self.times is None else 'times'}-{self.guidance:g}-{self.clip}"
+        return (
+            f"{name}-{self.prediction}-{self.spacing if self.times is None else 'times'}-{self.guidance:g}-{self.clip}"
+        )
 
 
 INSIDE_FLOW = tuple(np.linspace(0.98, 0.03, STEPS + 1))
@@ -193,7 +209,7 @@ CASES = [
     pytest.param(solver, options, setting, id=f"{solver}-{'-'.join(map(str, options.values()))}-{setting}")
     for solver, options in SOLVER_CASES
     for setting in SETTINGS
-    # In sigma / alpha, the coordinates of Karras et al., alpha = 0 lies at infinity: only the flow path has a form there.
+    # In sigma / alpha, the coordinates of Karras et al., alpha = 0 lies at infinity.
     if not (solver == "euler" and isinstance(setting.schedule, dict) and "zero_terminal_snr" in setting.schedule)
 ]
 
@@ -215,7 +231,7 @@ def test_kernel_keeps_the_error_rule(solver: str, options: dict[str, Any], setti
     """On given model outputs, a whole run is as near the float64 loop as that loop in float32 is, twice over."""
     plan = setting.plan(solver, options)
     toy = toy_model(plan, setting.prediction)
-    shape = (2, 3, 500)
+    shape = (2, 3, 100)
     x = draw(shape, torch.float32) * plan.initial_scale
     outputs = []
     for i, a in enumerate(grid(plan)[0][:-1]):  # along a straight line to zero: any values would do
@@ -230,3 +246,431 @@ def test_kernel_keeps_the_error_rule(solver: str, options: dict[str, Any], setti
             z = [draw(shape, dtype, step) for step in range(plan.steps)]
         loops[dtype] = paper(plan, x.to(dtype), predict, z, options)
     assert_error_rule(zip(actual, loops[torch.float32], loops[torch.float64], strict=True), plan.solver)
+
+
+@pytest.mark.parametrize(("solver", "options"), [("ddpm", {}), ("ddim", {"eta": 0.5}), ("unipc", {"order": 3})])
+def test_sample_with_a_generator_is_the_papers_loop(solver: str, options: dict[str, Any]) -> None:
+    """x_T and then z of the noisy steps are torch.randn's, and nothing else is drawn."""
+    setting = SETTINGS[1]
+    plan = setting.plan(solver, options)
+    toy = toy_model(plan, setting.prediction)
+    steps = iter(range(plan.steps))
+
+    def model(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        cond, uncond = toy(next(steps), x)
+        return torch.where(label[:, None, None] == 1, cond, uncond)
+
+    ones = torch.ones(SHAPE[0])
+    with pygen.backend("reference"):
+        generator = torch.Generator().manual_seed(SEED)
+        actual = pygen.sample(
+            model, SHAPE, solver=plan, cond={"label": ones}, uncond={"label": 0 * ones}, generator=generator,
+            dtype=torch.float64,
+        )  # fmt: skip
+    peer = torch.Generator().manual_seed(SEED)
+    x = torch.randn(SHAPE, generator=peer, dtype=torch.float64) * plan.initial_scale
+    noisy = solver != "unipc"
+    z = [torch.randn(SHAPE, generator=peer, dtype=torch.float64) for _ in range(plan.steps - 1 if noisy else 0)]
+    predict = predictor(plan, toy, setting.prediction, setting.guidance, setting.clip)
+    assert_same_trajectory([actual], paper(plan, x, predict, z, options)[-1:])
+    assert torch.equal(generator.get_state(), peer.get_state())
+
+
+# diffusers' own classes
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A scheduler of diffusers, and the plan that should walk the same samples."""
+
+    scheduler: str
+    config: dict[str, Any]
+    solver: str
+    options: dict[str, Any]
+    step: dict[str, Any]  # more arguments of its step()
+
+    def __str__(self) -> str:
+        return f"{self.scheduler}-{'-'.join(str(v) for v in (self.config | self.options).values())}"
+
+
+PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v_prediction", "flow_prediction": "flow"}
+BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+LAST = {"final_sigmas_type": "sigma_min", "lower_order_final": False}  # ends at t = 0 at full order
+UNIPC = [
+    ({"solver_order": order, "solver_type": variant}, {"order": order, "variant": variant})
+    for order in (1, 2, 3)
+    for variant in ("bh1", "bh2")
+]
+PEERS: list[Peer] = [
+    *[
+        Peer("DDPMScheduler", {"variance_type": variance, "clip_sample": clip}, "ddpm", {"variance": variance}, {})
+        for variance in ("fixed_small", "fixed_large")
+        for clip in (False, True)
+    ],
+    *[
+        Peer("DDIMScheduler", {"clip_sample": clip}, "ddim", step, step)
+        for clip in (False, True)
+        for step in ({"eta": 0.0}, {"eta": 0.5}, {"eta": 1.0, "use_clipped_model_output": True})
+    ],
+    Peer("EulerDiscreteScheduler", {}, "euler", {}, {}),
+    Peer("DPMSolverMultistepScheduler", {}, "dpmpp_2m", {}, {}),
+    Peer("DPMSolverMultistepScheduler", LAST, "dpmpp_2m", {"lower_order_final": False}, {}),
+    *[Peer("UniPCMultistepScheduler", config, "unipc", options, {}) for config, options in UNIPC],
+    *[
+        Peer("UniPCMultistepScheduler", config | LAST, "unipc", options | {"lower_order_final": False}, {})
+        for config, options in UNIPC
+    ],
+    Peer(
+        "UniPCMultistepScheduler", {"solver_order": 2, "disable_corrector": list(range(99))}, "unipc",
+        {"corrector": False}, {},
+    ),
+]  # fmt: skip
+TRAINED = [  # betas, prediction, spacing
+    ({"beta_schedule": "linear"}, "epsilon", "leading"),
+    ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "epsilon", "linspace"),
+    ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "v_prediction", "trailing"),
+    ({"beta_schedule": "squaredcos_cap_v2"}, "sample", "leading"),
+    ({"beta_schedule": "linear", "rescale_betas_zero_snr": True}, "v_prediction", "trailing"),
+]
+
+
+def run_diffusers(
+    scheduler: Any, x: Tensor, model: Callable[[int, Tensor], Tensor], to_model: Sequence[float], **step: Any
+) -> list[Tensor]:
+    """Its samples, each multiplied by ``to_model`` (what scale_model_input does), which is how the model sees them."""
+    trajectory = [x]
+    sample = x / to_model[0]
+    for i, t in enumerate(scheduler.timesteps):
+        output = model(i, sample * to_model[i])
+        arguments = step | ({"variance_noise": step["variance_noise"][i]} if "variance_noise" in step else {})
+        sample = scheduler.step(output, t, sample, **arguments).prev_sample
+        trajectory.append(sample * to_model[i + 1])
+    return trajectory
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=str)
+@pytest.mark.parametrize(
+    "trained", TRAINED, ids=lambda trained: "-".join(map(str, (*trained[0].values(), *trained[1:])))
+)
+def test_plan_is_diffusers_own_class(
+    peer: Peer, trained: tuple[dict[str, Any], str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    betas, prediction, spacing = trained
+    if peer.scheduler == "DDIMScheduler" and spacing == "linspace":
+        pytest.skip("its previous time is t - T / steps, which is not the next time of its linspace")
+    if betas.get("rescale_betas_zero_snr") and peer.solver not in ("ddpm", "ddim"):
+        pytest.skip("it sets the last alpha^2 to 2^-24 instead of 0")
+    scheduler_class = getattr(diffusers, peer.scheduler)
+    steps = 10
+    with in_float64(scheduler_class), pygen.backend("reference"):
+        scheduler = scheduler_class(prediction_type=prediction, timestep_spacing=spacing, **(betas | peer.config))
+        scheduler.set_timesteps(steps)
+        end = 0.0 if peer.config.get("final_sigmas_type") == "sigma_min" else -1.0
+        schedule = {"name": BETAS[betas["beta_schedule"]]}
+        if "beta_start" in betas:
+            schedule |= {"beta_start": betas["beta_start"], "beta_end": betas["beta_end"]}
+        if "rescale_betas_zero_snr" in betas:
+            schedule["zero_terminal_snr"] = True
+        clip = (-1.0, 1.0) if peer.config.get("clip_sample") else None
+        times = [*scheduler.timesteps.tolist(), end]
+        plan = pygen.plan(peer.solver, schedule, prediction=prediction, times=times, clip=clip, **peer.options)
+        toy = toy_model(plan, prediction)
+        x = draw(SHAPE, torch.float64)
+        z = [draw(SHAPE, torch.float64, step) for step in range(steps)]
+        actual = run(plan, x, toy, seed=torch.tensor([SEED]))
+
+        step = dict(peer.step)
+        if peer.solver == "ddim" and step["eta"] > 0:
+            step["variance_noise"] = z
+        if peer.solver == "ddpm":
+            drawn = iter(z)
+            module = importlib.import_module(scheduler_class.__module__)
+            monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(drawn))
+        to_model = grid(plan)[0] if peer.solver == "euler" else [1.0] * (steps + 1)
+        expected = run_diffusers(scheduler, x, lambda i, x: toy(i, x)[0], to_model, **step)
+    if peer.solver == "ddpm" and spacing == "trailing":
+        # Its last step adds noise wherever the last time is not 0: 1e-10 with fixed_small, sqrt(beta) with fixed_large.
+        actual, expected = actual[:-1], expected[:-1]
+    assert_same_trajectory(*without_nan_at_the_end(peer, actual, expected))
+
+
+def without_nan_at_the_end(peer: Peer, *trajectories: list[Tensor]) -> tuple[list[Tensor], ...]:
+    """With bh1 and a last sigma of 0, diffusers' UniPC multiplies -h = -inf by 0 and ends in NaN."""
+    if peer.options.get("variant") == "bh1" and peer.config.get("final_sigmas_type") != "sigma_min":
+        assert trajectories[-1][-1].isnan().all()
+        return tuple(trajectory[:-1] for trajectory in trajectories)
+    return trajectories
+
+
+FLOW_PEERS = [
+    Peer("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "euler", {}, {}),
+    Peer(
+        "DPMSolverMultistepScheduler",
+        {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
+        "dpmpp_2m", {}, {},
+    ),
+    *[
+        Peer(
+            "UniPCMultistepScheduler",
+            config | {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
+            "unipc", options, {},
+        )
+        for config, options in UNIPC
+    ],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("peer", FLOW_PEERS, ids=str)
+def test_plan_is_diffusers_own_class_on_the_flow_path(peer: Peer) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler_class = getattr(diffusers, peer.scheduler)
+    with in_float64(scheduler_class), pygen.backend("reference"):
+        scheduler = scheduler_class(**peer.config)
+        scheduler.set_timesteps(STEPS)
+        plan = pygen.plan(peer.solver, "flow", prediction="flow", times=scheduler.sigmas, **peer.options)
+        toy = toy_model(plan, "flow")
+        x = draw(SHAPE, torch.float64)
+        actual = run(plan, x, toy)
+        expected = run_diffusers(scheduler, x, lambda i, x: toy(i, x)[0], [1.0] * (STEPS + 1))
+    assert_same_trajectory(*without_nan_at_the_end(peer, actual, expected))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_plan_is_diffusers_euler_on_karras_sigmas(prediction: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler_class = diffusers.EulerDiscreteScheduler
+    with in_float64(scheduler_class), pygen.backend("reference"):
+        scheduler = scheduler_class(use_karras_sigmas=True, sigma_min=0.02, sigma_max=40.0, prediction_type=prediction)
+        scheduler.set_timesteps(STEPS)
+        schedule = {"name": "karras", "sigma_min": 0.02, "sigma_max": 40.0}
+        plan = pygen.plan("euler", schedule, STEPS, spacing="linspace", prediction=prediction)
+        toy = toy_model(plan, prediction)
+        x = draw(SHAPE, torch.float64) * float(scheduler.init_noise_sigma)
+        assert plan.initial_scale == pytest.approx(float(scheduler.init_noise_sigma), rel=FLOAT64_BOUND)
+        actual = run(plan, x, toy)
+        scheduler.is_scale_input_called = True  # these samples are the model's own
+        expected = run_diffusers(scheduler, x, lambda i, x: toy(i, x)[0], [1.0] * (STEPS + 1))
+    assert_same_trajectory(actual, expected)
+
+
+# A mixture of Gaussians on a line, whose denoiser is known
+
+
+WEIGHTS, MEANS, DEVIATIONS = (
+    torch.tensor(v, dtype=torch.float64) for v in ([0.3, 0.5, 0.2], [-1.2, 0.4, 1.5], [0.3, 0.4, 0.25])
+)
+
+
+def denoise(x: Tensor, alpha: float, sigma: float) -> Tensor:
+    """E[x_0 | x_t = x] for the mixture, by Bayes."""
+    weights, means, deviations = (v.to(x.dtype) for v in (WEIGHTS, MEANS, DEVIATIONS))
+    variance = alpha**2 * deviations**2 + sigma**2
+    away = x[..., None] - alpha * means
+    posterior = torch.softmax(torch.log(weights) - 0.5 * torch.log(variance) - 0.5 * away**2 / variance, dim=-1)
+    return (posterior * (means + alpha * deviations**2 / variance * away)).sum(dim=-1)
+
+
+def flow_of(alpha_sigma: Callable[[float], tuple[float, float]], x: Tensor, lambdas: Sequence[float]) -> list[Tensor]:
+    """The probability flow's x at each lambda, exactly: with y = x / alpha, dy / dlambda = E[x_0 | x] - y."""
+
+    def slope(lam: float, y: np.ndarray) -> np.ndarray:
+        alpha, sigma = alpha_sigma(lam)
+        return denoise(torch.from_numpy(alpha * y), alpha, sigma).numpy() - y
+
+    states, y = [x], (x / alpha_sigma(lambdas[0])[0]).numpy()
+    for start, end in itertools.pairwise(lambdas):
+        y = solve_ivp(slope, (start, end), y, method="DOP853", rtol=1e-13, atol=1e-14).y[:, -1]
+        states.append(torch.from_numpy(y * alpha_sigma(end)[0]))
+    return states
+
+
+def circle(lam: float) -> tuple[float, float]:
+    return 1 / math.sqrt(1 + math.exp(-2 * lam)), 1 / math.sqrt(1 + math.exp(2 * lam))
+
+
+def line(lam: float) -> tuple[float, float]:
+    return 1 / (1 + math.exp(-lam)), 1 / (1 + math.exp(lam))
+
+
+# alpha and sigma by time, the range of times, and alpha and sigma by lambda. Equal steps in time are unequal in lambda.
+PATHS = {
+    "circle": (Schedule("circle", np.cos, np.sin, 1.3, 0.25, 0.0), circle),
+    "line": (Schedule("line", lambda t: 1 - t, lambda t: t, 0.8, 0.2, 0.0), line),
+}
+POINTS = torch.linspace(-2.5, 2.5, 201, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Callable[[str, int, int], list[Tensor]]:
+    """The exact samples at the first times of a grid and at its end."""
+    kept: dict[tuple[str, int, int], list[Tensor]] = {}
+
+    def states(path: str, steps: int, first: int) -> list[Tensor]:
+        if (path, steps, first) not in kept:
+            schedule, by_lambda = PATHS[path]
+            times = np.linspace(schedule.t_max, schedule.t_min, steps + 1)
+            at = [*times[: first + 1], times[-1]]
+            lambdas = np.log(schedule.alpha(np.array(at)) / schedule.sigma(np.array(at)))
+            kept[path, steps, first] = flow_of(by_lambda, POINTS, lambdas.tolist())
+        return kept[path, steps, first]
+
+    return states
+
+
+FIRST = 3  # the step at which a run begins, of whose predecessors the solvers are told the truth
+
+
+def final_error(plan: StepPlan, states: list[Tensor]) -> float:
+    """The largest error at the end of a run that begins at step FIRST with exact history."""
+    alpha, sigma = grid(plan)
+    x = states[FIRST]
+    stepper = Stepper(plan, x)
+    for j, kept in enumerate(stepper.predictions):
+        i = FIRST - 1 - j
+        kept.copy_(denoise(states[i], alpha[i], sigma[i]))
+    if stepper.carried is not None:
+        stepper.carried.copy_(states[FIRST - 1])
+    with pygen.backend("reference"):
+        for i in range(FIRST, plan.steps):
+            x = stepper.step(i, x, denoise(x, alpha[i], sigma[i]))
+    return float((x - states[-1]).abs().max())
+
+
+UNIPC_ORDERS = [
+    ("unipc", {"order": p, "corrector": corrector, "variant": variant, "lower_order_final": False}, p + corrector)
+    for p in (1, 2, 3)
+    for corrector in (False, True)
+    for variant in ("bh1", "bh2")
+]
+ORDERS = [("euler", {}, 1), ("ddim", {}, 1), ("dpmpp_2m", {"lower_order_final": False}, 2), *UNIPC_ORDERS]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("solver", "options", "order"),
+    ORDERS,
+    ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else str(v),
+)
+def test_order_of_convergence(
+    solver: str, options: dict[str, Any], order: int, path: str, exact: Callable[[str, int, int], list[Tensor]]
+) -> None:
+    steps = (32, 64, 128, 256)
+    schedule = PATHS[path][0]
+    errors = []
+    for n in steps:
+        times = np.linspace(schedule.t_max, schedule.t_min, n + 1)
+        plan = pygen.plan(solver, schedule, prediction="sample", times=times, **options)
+        errors.append(final_error(plan, exact(path, n, FIRST)))
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert slope == pytest.approx(order, abs=0.25)
+
+
+# The distribution that the stochastic solvers sample
+
+
+def moments_of(solver: str, options: dict[str, Any], plan: StepPlan, prediction: str) -> list[float]:
+    """The mean and the central moments 2 to 8 of what the paper's loop samples, by quadrature of each step's density.
+
+    A step's mean and deviation at a point are those of the loop with z = 0 and z = 1.
+    """
+    alpha, sigma = grid(plan)
+    model = mixture_model(plan, prediction)
+    predict = predictor(plan, model, prediction, 1.0, None)
+    nodes = [
+        torch.linspace(-1, 1, 901, dtype=torch.float64) * (6 * s + 3 * a) for a, s in zip(alpha, sigma, strict=True)
+    ]
+    width = [float(x[1] - x[0]) for x in nodes]
+    share = torch.exp(-0.5 * (nodes[0] / sigma[0]) ** 2) / (sigma[0] * math.sqrt(2 * math.pi)) * width[0]
+    for i in range(plan.steps):
+        step = pygen.plan(solver, plan.schedule, prediction=prediction, times=plan.times[i : i + 2], **options)
+        at = lambda _, x, i=i: predict(i, x)  # noqa: E731
+        mean, moved = (paper(step, nodes[i], at, [torch.full_like(nodes[i], z)], options)[1] for z in (0.0, 1.0))
+        deviation = moved - mean
+        if i < plan.steps - 1:
+            away = (nodes[i + 1][:, None] - mean) / deviation
+            density = torch.exp(-0.5 * away**2) / (deviation * math.sqrt(2 * math.pi))
+            share = density @ share * width[i + 1]
+    assert not deviation.any()  # the last step adds no noise
+    assert share.sum() == pytest.approx(1.0, abs=1e-6)
+    centre = (share * mean).sum()
+    return [float(centre), *(float((share * (mean - centre) ** k).sum()) for k in range(2, 9))]
+
+
+def mixture_model(plan: StepPlan, prediction: str) -> Model:
+    return model_of(plan, prediction, lambda x, alpha, sigma, _: denoise(x, alpha, sigma))
+
+
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [("ddpm", {}), ("ddpm", {"variance": "fixed_large"}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.6})],
+    ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else v,
+)
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "spacing"),
+    [
+        ("linear", "epsilon", "trailing"),
+        ("cosine", "v_prediction", "trailing"),
+        ({"name": "karras", "sigma_min": 0.1}, "sample", "linspace"),
+    ],
+    ids=["linear", "cosine", "karras"],
+)
+def test_moments_of_samples(
+    solver: str, options: dict[str, Any], schedule: str | dict[str, Any], prediction: str, spacing: str
+) -> None:
+    """200,000 samples of the kernel: four moments within four standard errors of those that the paper's loop has, whose
+    distance to the data's is the discretisation."""
+    plan = pygen.plan(solver, schedule, 60, prediction=prediction, spacing=spacing, **options)
+    expected = moments_of(solver, options, plan, prediction)
+    mean = float((WEIGHTS * MEANS).sum())
+    assert expected[1] == pytest.approx(float((WEIGHTS * (DEVIATIONS**2 + MEANS**2)).sum()) - mean**2, rel=0.1)
+    x = draw((400, 500), torch.float32) * plan.initial_scale
+    samples = run(plan, x, mixture_model(plan, prediction), seed=torch.tensor([SEED]))[-1].double()
+    count = samples.numel()
+    mean_error = math.sqrt(expected[1] / count)
+    assert float(samples.mean()) == pytest.approx(expected[0], abs=4 * mean_error)
+    for k in (2, 3, 4):
+        standard_error = math.sqrt((expected[2 * k - 1] - expected[k - 1] ** 2) / count)
+        moment = float(((samples - expected[0]) ** k).mean())
+        assert moment == pytest.approx(expected[k - 1], abs=4 * standard_error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"solver": "rk4"}, "solver must be one of ddpm, "),
+        ({"schedule": "quadratic"}, "schedule must be one of linear, "),
+        ({"schedule": {"name": "cosine", "shift": 3}}, "schedule 'cosine' has no argument 'shift'; it takes"),
+        ({"eta": 1.0}, "solver 'euler' has no option 'eta'; it takes none"),
+        ({"solver": "unipc", "eta": 1.0}, "solver 'unipc' has no option 'eta'; it takes order, "),
+        ({"solver": "unipc", "order": 4}, "order must be 1, 2 or 3, got 4"),
+        ({"solver": "unipc", "variant": "bh3"}, "variant must be bh1 or bh2"),
+        ({"solver": "ddim", "eta": 1.5}, r"eta must lie in \[0, 1\]"),
+        ({"solver": "ddpm", "variance": "learned"}, "variance must be fixed_small or fixed_large"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 1001}, "steps=1001 exceeds the schedule's 1000 training steps"),
+        ({"steps": None}, "steps or times must be given"),
+        ({"prediction": "score"}, "prediction must be one of epsilon, "),
+        ({"spacing": "random"}, "spacing must be one of leading, "),
+        ({"times": 5.0}, "times must be a decreasing sequence"),
+        ({"times": [5.0]}, "times must be a decreasing sequence"),
+        ({"times": [1.0, 2.0]}, "times must be a decreasing sequence"),
+        ({"times": [5.0, math.nan, 0.0]}, "times must be a decreasing sequence"),
+        ({"times": [1000.0, 500.0, -1.0]}, "times must lie between -1 and 999"),
+        ({"times": [999.0, -2.0]}, "times must lie between -1 and 999"),
+        ({"times": [900.0, 500.0, -1.0], "steps": 3}, "steps=3 does not fit times, which makes 2"),
+        ({"clip": (1.0, -1.0)}, "clip must be a pair"),
+        ({"clip": (math.nan, 1.0)}, "clip must be a pair"),
+        ({"clip": (1.0,)}, "clip must be a pair"),
+        ({"clip": 1.0}, "clip must be a pair"),
+        ({"guidance": [1.0, 2.0]}, "guidance must be a finite number, or 4 of them"),
+        ({"guidance": math.inf}, "guidance must be a finite number, or 4 of them"),
+        ({"schedule": {"name": "linear", "zero_terminal_snr": True}}, "finite coefficients for prediction 'epsilon'"),
+        ({"schedule": "flow"}, "no finite coefficients for prediction 'epsilon'"),
+    ],
+)  # fmt: skip
+def test_plan_refuses(arguments: dict[str, Any], message: str) -> None:
+    right: dict[str, Any] = {"solver": "euler", "schedule": "cosine", "steps": None if "times" in arguments else 4}
+    with pytest.raises(ValueError, match=message) as raised:
+        pygen.plan(**(right | arguments))
+    assert "\n" not in str(raised.value)

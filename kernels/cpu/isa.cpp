@@ -37,7 +37,12 @@ Isa parse(const char* name) {
 
 Isa initial() {
   const char* name = std::getenv("PYGEN_CPU_ISA");
-  return name != nullptr && *name != '\0' ? parse(name) : best_isa();
+  if (name == nullptr || *name == '\0') return best_isa();
+  try {
+    return parse(name);
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(std::string("PYGEN_CPU_ISA: ") + error.what());
+  }
 }
 
 std::atomic<Isa>& current() {

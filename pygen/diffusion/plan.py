@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from pygen.ops.affine_step import COLUMNS, HISTORY_COLUMN, MAX_HISTORY
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepPlan:
     """The steps of a solver over a grid of times, as ``affine_step`` executes them.
 
@@ -41,7 +41,6 @@ class StepPlan:
     history: int
     carries: bool
     initial_scale: float
-    _views: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def steps(self) -> int:
@@ -53,21 +52,14 @@ class StepPlan:
         columns = [COLUMNS["noise0"], COLUMNS["noise1"]]
         return tuple((self.table[:, columns] != 0).any(dim=1).tolist())
 
-    def row(self, step: int) -> Tensor:
-        """The index of a step's row as the tensor that ``affine_step`` takes; made once."""
-        device = self.table.device
-        if device not in self._views:
-            self._views[device] = torch.arange(self.steps, device=device).unbind()
-        return self._views[device][step]
+    @cached_property
+    def rows(self) -> tuple[Tensor, ...]:
+        """For each step, the index of its row as the tensor that ``affine_step`` takes; made once."""
+        return torch.arange(self.steps, device=self.table.device).unbind()
 
     def to(self, device: torch.device | str) -> StepPlan:
-        """This plan with its table on a device."""
-        if self.table.device == torch.device(device):
-            return self
-        return StepPlan(
-            self.solver, self.schedule, self.times, self.timesteps.to(device), self.table.to(device), self.history,
-            self.carries, self.initial_scale,
-        )  # fmt: skip
+        """This plan with its tensors on a device."""
+        return replace(self, timesteps=self.timesteps.to(device), table=self.table.to(device))
 
 
 def plan(
@@ -118,15 +110,20 @@ def plan(
         grid_times = np.asarray(times, dtype=np.float64)
         if grid_times.ndim != 1 or len(grid_times) < 2 or not (np.diff(grid_times) < 0).all():
             raise ValueError("times must be a decreasing sequence of at least two numbers")
+        if grid_times[0] > schedule.t_max or grid_times[-1] < schedule.t_clean:
+            raise ValueError(
+                f"times must lie between {schedule.t_clean:g} and {schedule.t_max:g}, the ends of schedule "
+                f"{schedule.name!r}; got {grid_times[0]:g} to {grid_times[-1]:g}"
+            )
         if steps not in (None, len(grid_times) - 1):
             raise ValueError(f"steps={steps} does not fit times, which makes {len(grid_times) - 1}")
     count = len(grid_times) - 1
     guidances = np.atleast_1d(np.asarray(guidance, dtype=np.float64))
     if guidances.shape not in ((1,), (count,)) or not np.isfinite(guidances).all():
         raise ValueError(f"guidance must be a finite number, or {count} of them, got {guidance!r}")
-    low, high = (-math.inf, math.inf) if clip is None else clip
-    if not low < high:
+    if clip is not None and not (np.shape(clip) == (2,) and clip[0] < clip[1]):
         raise ValueError(f"clip must be a pair (low, high) with low < high, got {clip!r}")
+    low, high = (-math.inf, math.inf) if clip is None else clip
 
     grid = Grid(schedule.alpha(grid_times), schedule.sigma(grid_times))
     solver_steps = SOLVERS[solver](grid, **options)

@@ -59,7 +59,7 @@ class Stepper:
             x,
             model_output,
             self.plan.table,
-            self.plan.row(index),
+            self.plan.rows[index],
             uncond=uncond,
             history=history,
             noise=noise,

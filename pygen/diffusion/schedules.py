@@ -38,8 +38,8 @@ class Schedule:
         leading: multiples of T / steps, from t_min up; linspace: t_max to t_min, both ends visited;
         trailing: equal strides from t_max to the clean end. Discrete schedules visit whole training steps.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
         if self.num_train_timesteps is not None and steps > self.num_train_timesteps:
             raise ValueError(f"steps={steps} exceeds the schedule's {self.num_train_timesteps} training steps")
         count = np.arange(steps, dtype=np.float64)
@@ -57,8 +57,8 @@ class Schedule:
                 visited = np.round(np.arange(self.num_train_timesteps, 0, -stride)[:steps]) + self.t_clean
         else:
             raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
-        if self.num_train_timesteps is not None:
-            visited = np.round(visited)
+        if self.num_train_timesteps is not None:  # halves to even, counted from the clean end
+            visited = np.round(visited - self.t_clean) + self.t_clean if spacing == "trailing" else np.round(visited)
         return np.append(visited, self.t_clean)
 
 

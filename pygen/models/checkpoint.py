@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pygen.diffusion.plan import PREDICTIONS
 from pygen.diffusion.schedules import SCHEDULES, make_schedule
+from pygen.files import replacing
 from pygen.models.unet import UNet
 
 FORMAT = "pygen-model"
@@ -67,20 +68,13 @@ def save_model(directory: str | os.PathLike[str], model: UNet, **description: An
     skeleton, _ = _parse_config(config, text)
     _parse_weights(weights, data, skeleton)
 
-    config.parent.mkdir(parents=True, exist_ok=True)
-    contents = {weights: data, config: text.encode()}
-    written = {file: file.with_name(f".{file.name}.{os.getpid()}") for file in contents}
-    try:  # both are whole on the disk before either is replaced
-        for file, temporary in written.items():
-            with open(temporary, "wb") as stream:
-                stream.write(contents[file])
-                stream.flush()
-                os.fsync(stream.fileno())
-        for file, temporary in written.items():
-            os.replace(temporary, file)
-    finally:
-        for temporary in written.values():
-            temporary.unlink(missing_ok=True)
+    try:
+        config.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(weights) as weights_stream, replacing(config) as config_stream:
+            weights_stream.write(data)
+            config_stream.write(text.encode())
+    except OSError as error:
+        _fail(config.parent, error.strerror)
 
 
 def load_model(directory: str | os.PathLike[str]) -> tuple[UNet, ModelDescription]:

@@ -61,9 +61,9 @@ def first_order(grid: Grid, i: int) -> tuple[float, float]:
 
 
 def posterior(grid: Grid, i: int) -> tuple[float, float, float, float]:
-    """x_{i+1} given x_i: the factors of x_i and x_0 in its mean and its variance where x_0 is known, q(x_{i+1} | x_i, x_0)
-    of the forward process, and its variance where x_0 ~ N(0, 1), which is beta where alpha^2 + sigma^2 = 1 (Ho et al.
-    2020, equations 6 and 7 and section 3.2, for any two times)."""
+    """x_{i+1} given x_i in the forward process, for any two times (Ho et al. 2020, equations 6 and 7 and section 3.2):
+    where x_0 is known, the factors of x_i and x_0 in its mean, and its variance; then its variance where
+    x_0 ~ N(0, 1), which is beta if alpha^2 + sigma^2 = 1."""
     scale = grid.alpha[i] / grid.alpha[i + 1]
     forward = grid.sigma[i] ** 2 - (scale * grid.sigma[i + 1]) ** 2  # the variance of q(x_i | x_{i+1})
     share = grid.sigma[i + 1] ** 2 / grid.sigma[i] ** 2

@@ -8,10 +8,11 @@ from __future__ import annotations
 from pygen.diffusion.solvers.base import Combination, Grid, SolverStep, posterior
 
 
-def ddim(grid: Grid, *, eta: float = 0.0, use_clipped_model_output: bool = False) -> list[SolverStep]:
+def ddim(grid: Grid, *, eta: float = 0.0, use_clipped_model_output: bool = True) -> list[SolverStep]:
     """``eta``: 0 for the deterministic sampler, 1 for the variance of DDPM.
 
-    ``use_clipped_model_output``: derive epsilon from the clipped prediction of x_0, instead of taking the model's own.
+    ``use_clipped_model_output``: where the prediction of x_0 is clipped, derive epsilon from it (Dhariwal & Nichol
+    2021), instead of taking the model's own, which contradicts it where alpha is small.
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")

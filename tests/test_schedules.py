@@ -146,12 +146,13 @@ def test_a_schedule_is_made_from_itself_a_name_or_a_mapping() -> None:
             "trailing",
             "schedule 'flow' has no argument 'sigma_max'; it takes shift",
         ),
-        ("flow", 0, "trailing", "steps must be at least 1, got 0"),
-        ("flow", -3, "leading", "steps must be at least 1, got -3"),
+        ("flow", 0, "trailing", "steps must be .*at least 1, got 0"),
+        ("flow", 2.5, "trailing", "steps must be a whole number of at least 1, got 2.5"),
+        ("flow", -3, "leading", "steps must be .*at least 1, got -3"),
         ("cosine", 1001, "leading", "steps=1001 exceeds the schedule's 1000 training steps"),
         ("cosine", 5, "random", "spacing must be one of leading, linspace, trailing, got 'random'"),
     ],
 )
-def test_refuses(schedule: Any, steps: int, spacing: str, message: str) -> None:
+def test_refuses(schedule: Any, steps: Any, spacing: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_schedule(schedule).times(steps, spacing)

@@ -68,13 +68,17 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class DownLevel(nn.Module):
-    """The ResBlocks of one resolution on the way down, then the change to the next; leaves each block's output."""
+class Level(nn.Module):
+    """The ResBlocks of one resolution, then the change to the next."""
 
     def __init__(self, blocks: Sequence[ResBlock], resample: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.resample = resample
+
+
+class DownLevel(Level):
+    """A level on the way down; leaves each block's output."""
 
     def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
         for block in self.blocks:
@@ -83,13 +87,8 @@ class DownLevel(nn.Module):
         return self.resample(x)
 
 
-class UpLevel(nn.Module):
-    """The ResBlocks of one resolution on the way up, each given what its mirror image left; then the change."""
-
-    def __init__(self, blocks: Sequence[ResBlock], resample: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.resample = resample
+class UpLevel(Level):
+    """A level on the way up; each block is given what its mirror image left."""
 
     def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
         for block in self.blocks:

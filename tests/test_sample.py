@@ -166,7 +166,7 @@ def test_callback_sees_each_step_and_guidance_its_two_halves() -> None:
         ({"schedule": "quadratic"}, "schedule must be one of"),
         ({"schedule": {"name": "cosine", "colour": 3}}, "schedule 'cosine' has no argument 'colour'"),
         ({"solver": "rk4"}, "solver must be one of"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps must be a whole number of at least 1"),
         ({"steps": 1001}, "exceeds the schedule's 1000 training steps"),
         ({"spacing": "random"}, "spacing must be one of"),
         ({"eta": 1.0}, "solver 'dpmpp_2m' has no option 'eta'"),

@@ -28,6 +28,9 @@ PYGEN_INLINE Strip each(F f) {
 struct StripMask {
   I32 v[kStripVectors];
 };
+PYGEN_INLINE Strip operator+(const Strip& a, const Strip& b) {
+  return each([&](int i) { return a.v[i] + b.v[i]; });
+}
 PYGEN_INLINE Strip operator-(const Strip& a, const Strip& b) {
   return each([&](int i) { return a.v[i] - b.v[i]; });
 }
@@ -40,6 +43,11 @@ PYGEN_INLINE StripMask operator<(const Strip& a, const Strip& b) {
   return mask;
 }
 PYGEN_INLINE StripMask operator>(const Strip& a, const Strip& b) { return b < a; }
+PYGEN_INLINE StripMask is_nan(const Strip& a) {
+  StripMask mask;
+  for (int i = 0; i < kStripVectors; ++i) mask.v[i] = a.v[i] != a.v[i];
+  return mask;
+}
 PYGEN_INLINE Strip select(const StripMask& condition, const Strip& yes, const Strip& no) {
   return each([&](int i) { return select(condition.v[i], yes.v[i], no.v[i]); });
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Schedule:
         leading: multiples of T / steps, from t_min up; linspace: t_max to t_min, both ends visited;
         trailing: equal strides from t_max to the clean end. Discrete schedules visit whole training steps.
         """
-        if not isinstance(steps, int) or steps < 1:
+        if not isinstance(steps, Integral) or steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
         if self.num_train_timesteps is not None and steps > self.num_train_timesteps:
             raise ValueError(f"steps={steps} exceeds the schedule's {self.num_train_timesteps} training steps")
@@ -57,8 +58,8 @@ class Schedule:
                 visited = np.round(np.arange(self.num_train_timesteps, 0, -stride)[:steps]) + self.t_clean
         else:
             raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
-        if self.num_train_timesteps is not None:  # halves to even, counted from the clean end
-            visited = np.round(visited - self.t_clean) + self.t_clean if spacing == "trailing" else np.round(visited)
+        if self.num_train_timesteps is not None:
+            visited = np.round(visited)
         return np.append(visited, self.t_clean)
 
 

@@ -1,5 +1,5 @@
-// The arithmetic of affine_step, once, for any value type V with +, -, *, <, >, fma, splat and select: strips of
-// vectors on a CPU, scalars on a GPU. Include the header of V's operations first.
+// The arithmetic of affine_step, once, for any value type V with +, -, *, <, >, fma, splat, select and is_nan:
+// strips of vectors on a CPU, scalars on a GPU. Include the header of V's operations first.
 #pragma once
 
 #include "pygen/affine_step.h"
@@ -10,7 +10,8 @@ namespace pygen {
 struct AffineRow {
   uint32_t step;
   bool uses_x, uses_out, uses_pred, clamped, draws;
-  float guidance, pred_x, pred_out, low, high, rescale;
+  float guidance, low, high, rescale;
+  float pred_x[2], pred_out[2];  // each the sum of two floats
   float x[2], out[2], pred[2], noise[2];
   float history[kMaxHistory][2];
 };
@@ -27,14 +28,17 @@ PYGEN_INLINE AffineRow affine_read_row(const AffineStepArgs& args, int64_t row, 
   if (row < 0 || row >= args.n_rows) return affine_nan_row();
   const double* table = args.table + row * args.table_stride;
   const float* scale = args.scale == nullptr ? nullptr : args.scale + sample * args.scale_stride[0];
-  const auto value = [&](int column) {
-    return static_cast<float>(scale == nullptr ? table[column] : table[column] * scale[column * args.scale_stride[1]]);
+  const auto exact = [&](int column) {
+    return scale == nullptr ? table[column] : table[column] * scale[column * args.scale_stride[1]];
   };
+  const auto value = [&](int column) { return static_cast<float>(exact(column)); };
   AffineRow r;
   r.step = static_cast<uint32_t>(static_cast<int64_t>(table[kStep]));
   r.guidance = args.term[kTermUncond].data == nullptr ? 1.0f : value(kGuidance);
-  r.pred_x = value(kPredX);
-  r.pred_out = value(kPredOut);
+  r.pred_x[0] = value(kPredX);
+  r.pred_x[1] = static_cast<float>(exact(kPredX) - r.pred_x[0]);
+  r.pred_out[0] = value(kPredOut);
+  r.pred_out[1] = static_cast<float>(exact(kPredOut) - r.pred_out[0]);
   r.low = value(kLow);
   r.high = value(kHigh);
   r.rescale = value(kRescale);
@@ -48,8 +52,8 @@ PYGEN_INLINE AffineRow affine_read_row(const AffineStepArgs& args, int64_t row, 
     for (int j = 0; j < args.n_history; ++j) r.history[j][i] = wanted ? value(kHistory + 2 * j + i) : 0.0f;
   }
   r.uses_pred = args.pred.data != nullptr || r.pred[0] != 0.0f || r.pred[1] != 0.0f;
-  r.uses_x = (r.uses_pred && r.pred_x != 0.0f) || r.x[0] != 0.0f || r.x[1] != 0.0f;
-  r.uses_out = (r.uses_pred && r.pred_out != 0.0f) || r.out[0] != 0.0f || r.out[1] != 0.0f;
+  r.uses_x = (r.uses_pred && r.pred_x[0] != 0.0f) || r.x[0] != 0.0f || r.x[1] != 0.0f;
+  r.uses_out = (r.uses_pred && r.pred_out[0] != 0.0f) || r.out[0] != 0.0f || r.out[1] != 0.0f;
   r.draws = r.noise[0] != 0.0f || r.noise[1] != 0.0f;
   r.clamped = r.low != -__builtin_inff() || r.high != __builtin_inff() || r.rescale != 1.0f;
   const bool has_noise = args.seed != nullptr || args.term[kTermNoise].data != nullptr;
@@ -76,7 +80,15 @@ PYGEN_INLINE void affine_row(const AffineStepArgs& args, const AffineRow& r, Loa
   }
   pred = zero;
   if (r.uses_pred) {
-    pred = add(r.pred_out, out, add(r.pred_x, x, zero));
+    const V product = add(r.pred_x[0], x, zero);
+    pred = add(r.pred_out[0], out, product);
+    if (r.pred_x[0] != 0.0f && r.pred_out[0] != 0.0f) {
+      // The two products cancel where alpha is small: add back what rounding took from the first and from both factors.
+      V lost = fma(splat(r.pred_x[0], zero), x, zero - product);
+      lost = add(r.pred_out[1], out, add(r.pred_x[1], x, lost));
+      const V restored = pred + lost;
+      pred = select(is_nan(restored), pred, restored);  // infinities stay what they were
+    }
     if (r.clamped) {
       const V low = splat(r.low, zero), high = splat(r.high, zero);
       pred = select(pred < low, low, pred);

@@ -151,7 +151,7 @@ void affine_step_cpu(const at::Tensor& x, const std::optional<at::Tensor>& model
   }
 
   // Launch.
-  parallel_elements(x.numel(), affine_step, args);
+  parallel_elements(x.numel(), seed.has_value() ? kNoiseGrain : kMoveGrain, affine_step, args);
 }
 
 TORCH_LIBRARY_FRAGMENT(pygen, library) {

@@ -97,15 +97,18 @@ class IterationSpace {
   c10::SmallVector<Entry, 24> entries_;
 };
 
-// Elements a thread takes at the least: below twice this, waking another costs more than it brings.
-inline constexpr int64_t kGrain = 32768;
+// Elements a thread takes at the least: below twice this, waking another costs more than it brings. Those that only
+// move memory, and those that draw noise.
+inline constexpr int64_t kMoveGrain = 32768;
+inline constexpr int64_t kNoiseGrain = 8192;
 
 // Calls kernel(args, begin, end) over [0, count), cut at multiples of 1024 elements.
 template <class Kernel, class Args>
-void parallel_elements(int64_t count, Kernel kernel, const Args& args) {
+void parallel_elements(int64_t count, int64_t grain, Kernel kernel, const Args& args) {
   constexpr int64_t unit = 1024;
-  at::parallel_for(0, (count + unit - 1) / unit, kGrain / unit,
-                   [&](int64_t begin, int64_t end) { kernel(args, begin * unit, std::min(end * unit, count)); });
+  at::parallel_for(0, (count + unit - 1) / unit, grain / unit, [&](int64_t begin, int64_t end) {
+    kernel(args, begin * unit, std::min(end * unit, count));
+  });
 }
 
 }  // namespace pygen

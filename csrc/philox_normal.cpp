@@ -46,7 +46,7 @@ void philox_normal_cpu(const at::Tensor& out, const at::Tensor& seed, const at::
   }
 
   // Launch.
-  parallel_elements(out.numel(), philox_normal, args);
+  parallel_elements(out.numel(), kNoiseGrain, philox_normal, args);
 }
 
 TORCH_LIBRARY_FRAGMENT(pygen, library) {

@@ -6,22 +6,35 @@
 
 namespace pygen {
 
+// A factor, and whether it is other than 0: a term is read only if it is.
+struct Coefficient {
+  float value;
+  uint32_t used;
+};
+
 // A row of the table in the arithmetic's own precision, with what it reads.
 struct AffineRow {
   uint32_t step;
-  bool uses_x, uses_out, uses_pred, clamped, draws;
+  bool uses_x, uses_out, uses_uncond, uses_cond, uses_pred, clamped, draws;
   float guidance, low, high, rescale;
-  float pred_x[2], pred_out[2];  // each the sum of two floats
-  float x[2], out[2], pred[2], noise[2];
-  float history[kMaxHistory][2];
+  Coefficient pred_x, pred_out;
+  float pred_x_rest, pred_out_rest;  // what float lacks of the two
+  Coefficient x[2], out[2], pred[2], noise[2];
+  Coefficient history[kMaxHistory][2];
 };
 
 // A row that does not exist, or that reads an operand that is absent, makes NaN.
 PYGEN_INLINE AffineRow affine_nan_row() {
+  const Coefficient nan{__builtin_nanf(""), 1};
   AffineRow r{};
   r.uses_pred = r.clamped = true;
-  r.rescale = r.pred[0] = r.pred[1] = __builtin_nanf("");
+  r.rescale = nan.value;
+  r.pred[0] = r.pred[1] = nan;
   return r;
+}
+
+PYGEN_INLINE bool affine_reads_second(const AffineStepArgs& args) {
+  return args.second.data != nullptr || args.term[kTermMask].data != nullptr;
 }
 
 PYGEN_INLINE AffineRow affine_read_row(const AffineStepArgs& args, int64_t row, int64_t sample) {
@@ -31,63 +44,70 @@ PYGEN_INLINE AffineRow affine_read_row(const AffineStepArgs& args, int64_t row, 
   const auto exact = [&](int column) {
     return scale == nullptr ? table[column] : table[column] * scale[column * args.scale_stride[1]];
   };
-  const auto value = [&](int column) { return static_cast<float>(exact(column)); };
+  const auto coefficient = [&](int column) {
+    const float value = static_cast<float>(exact(column));
+    return Coefficient{value, value != 0.0f};
+  };
   AffineRow r;
   r.step = static_cast<uint32_t>(static_cast<int64_t>(table[kStep]));
-  r.guidance = args.term[kTermUncond].data == nullptr ? 1.0f : value(kGuidance);
-  r.pred_x[0] = value(kPredX);
-  r.pred_x[1] = static_cast<float>(exact(kPredX) - r.pred_x[0]);
-  r.pred_out[0] = value(kPredOut);
-  r.pred_out[1] = static_cast<float>(exact(kPredOut) - r.pred_out[0]);
-  r.low = value(kLow);
-  r.high = value(kHigh);
-  r.rescale = value(kRescale);
-  const bool reads_second = args.second.data != nullptr || args.term[kTermMask].data != nullptr;
-  for (int i = 0; i < 2; ++i) {
-    const bool wanted = i == 0 ? args.next.data != nullptr : reads_second;
-    r.x[i] = wanted ? value(i == 0 ? kX0 : kX1) : 0.0f;
-    r.out[i] = wanted ? value(i == 0 ? kOut0 : kOut1) : 0.0f;
-    r.pred[i] = wanted ? value(i == 0 ? kPred0 : kPred1) : 0.0f;
-    r.noise[i] = wanted ? value(i == 0 ? kNoise0 : kNoise1) : 0.0f;
-    for (int j = 0; j < args.n_history; ++j) r.history[j][i] = wanted ? value(kHistory + 2 * j + i) : 0.0f;
-  }
-  r.uses_pred = args.pred.data != nullptr || r.pred[0] != 0.0f || r.pred[1] != 0.0f;
-  r.uses_x = (r.uses_pred && r.pred_x[0] != 0.0f) || r.x[0] != 0.0f || r.x[1] != 0.0f;
-  r.uses_out = (r.uses_pred && r.pred_out[0] != 0.0f) || r.out[0] != 0.0f || r.out[1] != 0.0f;
-  r.draws = r.noise[0] != 0.0f || r.noise[1] != 0.0f;
+  r.low = static_cast<float>(exact(kLow));
+  r.high = static_cast<float>(exact(kHigh));
+  r.rescale = static_cast<float>(exact(kRescale));
   r.clamped = r.low != -__builtin_inff() || r.high != __builtin_inff() || r.rescale != 1.0f;
+  r.pred_x = coefficient(kPredX);
+  r.pred_x_rest = static_cast<float>(exact(kPredX) - r.pred_x.value);
+  r.pred_out = coefficient(kPredOut);
+  r.pred_out_rest = static_cast<float>(exact(kPredOut) - r.pred_out.value);
+  const bool wanted[2] = {args.next.data != nullptr, affine_reads_second(args)};
+  for (int i = 0; i < 2; ++i) {
+    const Coefficient none{0.0f, 0};
+    r.x[i] = wanted[i] ? coefficient(i == 0 ? kX0 : kX1) : none;
+    r.out[i] = wanted[i] ? coefficient(i == 0 ? kOut0 : kOut1) : none;
+    r.pred[i] = wanted[i] ? coefficient(i == 0 ? kPred0 : kPred1) : none;
+    r.noise[i] = wanted[i] ? coefficient(i == 0 ? kNoise0 : kNoise1) : none;
+    for (int j = 0; j < args.n_history; ++j) r.history[j][i] = wanted[i] ? coefficient(kHistory + 2 * j + i) : none;
+  }
+  r.uses_pred = args.pred.data != nullptr || r.pred[0].used || r.pred[1].used;
+  r.uses_x = (r.uses_pred && r.pred_x.used) || r.x[0].used || r.x[1].used;
+  r.uses_out = (r.uses_pred && r.pred_out.used) || r.out[0].used || r.out[1].used;
+  r.draws = r.noise[0].used || r.noise[1].used;
+  const bool guided = args.term[kTermUncond].data != nullptr;
+  r.guidance = guided ? static_cast<float>(exact(kGuidance)) : 1.0f;
+  r.uses_cond = r.uses_out && r.guidance != 0.0f;
+  r.uses_uncond = r.uses_out && r.guidance != 1.0f;
   const bool has_noise = args.seed != nullptr || args.term[kTermNoise].data != nullptr;
   if ((r.uses_out && args.term[kTermCond].data == nullptr) || (r.draws && !has_noise)) return affine_nan_row();
   return r;
 }
 
-// `load(term)` gives a V; NaN passes through the clamp, as in torch.clamp.
-template <class V, class Load>
+// `load(term)` gives a V. kResults is 2 where `affine_reads_second`, else 1, and `second` is not made. NaN passes
+// through the clamp, as in torch.clamp.
+template <int kResults, class V, class Load>
 PYGEN_INLINE void affine_row(const AffineStepArgs& args, const AffineRow& r, Load load, V& next, V& pred, V& second) {
   const V zero{};
-  const auto add = [&](float coefficient, const V& term, const V& sum) {
-    return coefficient == 0.0f ? sum : fma(splat(coefficient, zero), term, sum);
+  const auto add = [&](const Coefficient& coefficient, const V& term, V& sum) {
+    if (coefficient.used) sum = fma(splat(coefficient.value, zero), term, sum);
   };
-  const V x = r.uses_x ? load(kTermX) : zero;
-  V out = zero;
-  if (r.uses_out) {
-    if (r.guidance == 1.0f) {
-      out = load(kTermCond);
-    } else {
-      out = load(kTermUncond);
-      if (r.guidance != 0.0f) out = fma(splat(r.guidance, zero), load(kTermCond) - out, out);
-    }
+  V x = zero, out = zero, y[2] = {zero, zero};
+  if (r.uses_x) x = load(kTermX);
+  if (r.uses_uncond) out = load(kTermUncond);
+  if (r.uses_cond) {
+    const V cond = load(kTermCond);
+    out = r.uses_uncond ? fma(splat(r.guidance, zero), cond - out, out) : cond;
   }
   pred = zero;
   if (r.uses_pred) {
-    const V product = add(r.pred_x[0], x, zero);
-    pred = add(r.pred_out[0], out, product);
-    if (r.pred_x[0] != 0.0f && r.pred_out[0] != 0.0f) {
+    add(r.pred_x, x, pred);
+    if (r.pred_x.used && r.pred_out.used) {
       // The two products cancel where alpha is small: add back what rounding took from the first and from both factors.
-      V lost = fma(splat(r.pred_x[0], zero), x, zero - product);
-      lost = add(r.pred_out[1], out, add(r.pred_x[1], x, lost));
-      const V restored = pred + lost;
+      V rest = fma(splat(r.pred_x.value, zero), x, zero - pred);
+      rest = fma(splat(r.pred_x_rest, zero), x, rest);
+      rest = fma(splat(r.pred_out_rest, zero), out, rest);
+      add(r.pred_out, out, pred);
+      const V restored = pred + rest;
       pred = select(is_nan(restored), pred, restored);  // infinities stay what they were
+    } else {
+      add(r.pred_out, out, pred);
     }
     if (r.clamped) {
       const V low = splat(r.low, zero), high = splat(r.high, zero);
@@ -95,21 +115,24 @@ PYGEN_INLINE void affine_row(const AffineStepArgs& args, const AffineRow& r, Loa
       pred = select(pred > high, high, pred) * splat(r.rescale, zero);
     }
   }
-  V y[2];
-  for (int i = 0; i < 2; ++i) y[i] = add(r.pred[i], pred, add(r.out[i], out, add(r.x[i], x, zero)));
+  for (int i = 0; i < kResults; ++i) {
+    add(r.x[i], x, y[i]);
+    add(r.out[i], out, y[i]);
+    add(r.pred[i], pred, y[i]);
+  }
   for (int j = 0; j < args.n_history; ++j) {
-    if (r.history[j][0] == 0.0f && r.history[j][1] == 0.0f) continue;
+    if (!(r.history[j][0].used | r.history[j][1].used)) continue;
     const V term = load(kTermHistory + j);
-    for (int i = 0; i < 2; ++i) y[i] = add(r.history[j][i], term, y[i]);
+    for (int i = 0; i < kResults; ++i) add(r.history[j][i], term, y[i]);
   }
   if (r.draws) {
     V z = load(kTermNoise);
     if (args.term[kTermNoiseScale].data != nullptr) z = z * load(kTermNoiseScale);
-    for (int i = 0; i < 2; ++i) y[i] = add(r.noise[i], z, y[i]);
+    for (int i = 0; i < kResults; ++i) add(r.noise[i], z, y[i]);
   }
   next = y[0];
   second = y[1];
-  if (args.term[kTermMask].data != nullptr) {
+  if (kResults == 2 && args.term[kTermMask].data != nullptr) {
     const V mask = load(kTermMask);
     next = fma(mask, second, (splat(1.0f, zero) - mask) * next);
   }

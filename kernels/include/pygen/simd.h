@@ -55,6 +55,21 @@ PYGEN_INLINE I32 to_signed(U32 v) { return bits<I32>(v); }
 PYGEN_INLINE U32 select(I32 condition, U32 yes, U32 no) { return condition ? yes : no; }
 PYGEN_INLINE F32 select(I32 condition, F32 yes, F32 no) { return condition ? yes : no; }
 
+// gcc 12 takes three shuffles for what each instruction set has in one or two.
+#if defined(__AVX512F__)
+PYGEN_INLINE U32 widen(U16 v) { return bits<U32>(_mm512_cvtepu16_epi32(bits<__m256i>(v))); }
+PYGEN_INLINE U16 narrow(U32 v) { return bits<U16>(_mm512_cvtepi32_epi16(bits<__m512i>(v))); }
+#elif defined(__AVX2__)
+PYGEN_INLINE U32 widen(U16 v) { return bits<U32>(_mm256_cvtepu16_epi32(bits<__m128i>(v))); }
+PYGEN_INLINE U16 narrow(U32 v) {  // values that fit 16 bits
+  const __m256i packed = _mm256_packus_epi32(bits<__m256i>(v), bits<__m256i>(v));
+  return bits<U16>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+#else
+PYGEN_INLINE U32 widen(U16 v) { return __builtin_convertvector(v, U32); }
+PYGEN_INLINE U16 narrow(U32 v) { return __builtin_convertvector(v, U16); }
+#endif
+
 #if defined(__AVX512F__)
 PYGEN_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 PYGEN_INLINE F32 sqrt(F32 a) { return _mm512_sqrt_ps(a); }
@@ -125,14 +140,14 @@ PYGEN_INLINE F32 load(const char* from) {
   if constexpr (kDType == DType::kFloat32) {
     return load_bytes<F32>(from);
   } else if constexpr (kDType == DType::kBFloat16) {
-    return from_unsigned(__builtin_convertvector(load_bytes<U16>(from), U32) << 16);
+    return from_unsigned(widen(load_bytes<U16>(from)) << 16);
   } else if constexpr (kDType == DType::kFloat16) {
 #if defined(__AVX512F__)
     return _mm512_cvtph_ps(load_bytes<__m256i>(from));
 #elif defined(__AVX2__)
     return _mm256_cvtph_ps(load_bytes<__m128i>(from));
 #else
-    return half_to_float(__builtin_convertvector(load_bytes<U16>(from), U32));
+    return half_to_float(widen(load_bytes<U16>(from)));
 #endif
   } else {
     return to_float(__builtin_convertvector(load_bytes<U8>(from), U32));
@@ -147,7 +162,7 @@ PYGEN_INLINE void store(char* to, F32 value) {
   } else if constexpr (kDType == DType::kBFloat16) {
     const U32 all = to_unsigned(value);
     const U32 rounded = (all + 0x7fff + (all >> 16 & 1)) >> 16;
-    const U16 half = __builtin_convertvector(select(value != value, U32{} + 0x7fc0, rounded), U16);
+    const U16 half = narrow(select(value != value, U32{} + 0x7fc0, rounded));
     std::memcpy(to, &half, sizeof half);
   } else {
     static_assert(kDType == DType::kFloat16);
@@ -156,7 +171,7 @@ PYGEN_INLINE void store(char* to, F32 value) {
 #elif defined(__AVX2__)
     const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    const U16 half = __builtin_convertvector(float_to_half(value), U16);
+    const U16 half = narrow(float_to_half(value));
 #endif
     std::memcpy(to, &half, sizeof half);
   }

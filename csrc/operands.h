@@ -106,9 +106,8 @@ inline constexpr int64_t kNoiseGrain = 8192;
 template <class Kernel, class Args>
 void parallel_elements(int64_t count, int64_t grain, Kernel kernel, const Args& args) {
   constexpr int64_t unit = 1024;
-  at::parallel_for(0, (count + unit - 1) / unit, grain / unit, [&](int64_t begin, int64_t end) {
-    kernel(args, begin * unit, std::min(end * unit, count));
-  });
+  at::parallel_for(0, (count + unit - 1) / unit, grain / unit,
+                   [&](int64_t begin, int64_t end) { kernel(args, begin * unit, std::min(end * unit, count)); });
 }
 
 }  // namespace pygen

@@ -5,14 +5,15 @@
 PYTHON ?=
 VENV := .venv
 PY := $(VENV)/bin/python
-NATIVE := $(wildcard csrc/* kernels/cpu/* kernels/include/pygen/*) CMakeLists.txt setup.py
-CXX_FILES := $(filter %.h %.cpp,$(NATIVE))
+NATIVE := $(wildcard csrc/* kernels/cpu/* kernels/cuda/* kernels/include/pygen/*) CMakeLists.txt setup.py
+CXX_FILES := $(filter %.h %.cpp %.cu,$(NATIVE) $(wildcard bench/*.cu examples/cpp/* tests/emulation/* tests/emulation/bugs/*))
 
-.PHONY: help setup build demo test lint format bench wheel clean
+.PHONY: help setup build demo test lint format bench gpu wheel clean
 help:
 	@echo "make demo    draw digits with every solver, and time the steps"
 	@echo "make test    lint, then all tests"
 	@echo "make bench   time the step ops beside their floors and their peers"
+	@echo "make gpu     on a machine with an NVIDIA GPU: every spec, the sanitizers, times; needs no network with PYTHON=..."
 	@echo "make format  put the sources into the style that make lint checks"
 	@echo "make wheel   build a wheel into dist/"
 
@@ -56,6 +57,10 @@ test: build lint
 
 bench: build
 	$(PY) -m bench.steps
+
+gpu: export PYGEN_CUDA_ARCHITECTURES ?= native
+gpu: build
+	$(PY) -m bench.gpu
 
 wheel: setup
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

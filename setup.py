@@ -22,12 +22,22 @@ def run_cmake(*arguments: object) -> None:
     subprocess.run([cmake, *map(str, arguments)], check=True, env=os.environ | {"PATH": PATH})
 
 
+def cuda_options() -> list[str]:
+    """The CUDA kernels are built where this torch has CUDA and nvcc is found."""
+    import torch
+
+    if torch.version.cuda is None or shutil.which("nvcc", path=PATH) is None:
+        return ["-DPYGEN_CUDA=OFF"]
+    architectures = os.environ.get("PYGEN_CUDA_ARCHITECTURES")
+    return ["-DPYGEN_CUDA=ON", *([f"-DPYGEN_CUDA_ARCHITECTURES={architectures}"] if architectures else [])]
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         generator = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
         quiet = ["--log-level=WARNING"] if self.verbose < 1 else []
-        configure = ["-DPYGEN_PYTHON=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+        configure = ["-DPYGEN_PYTHON=ON", f"-DPython_EXECUTABLE={sys.executable}", *cuda_options()]
         run_cmake("-S", ROOT, "-B", BUILD, *generator, *quiet, *configure)
         run_cmake("--build", BUILD, "--parallel", os.cpu_count() or 1, "--target", "_C")
         run_cmake("--install", BUILD, "--component", "python", "--prefix", destination)

@@ -2,8 +2,8 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/MemoryOverlap.h>
-#include <torch/library.h>
 
+#include "backend.h"
 #include "operands.h"
 
 namespace pygen {
@@ -25,23 +25,42 @@ void check_row(const AffineStepArgs& args, int64_t index) {
                     ": row ", index, " adds noise: give seed or noise");
 }
 
-void affine_step_cpu(const at::Tensor& x, const std::optional<at::Tensor>& model_output, const at::Tensor& table,
-                     const at::Tensor& rows, const std::optional<at::Tensor>& uncond, at::TensorList history,
-                     const std::optional<at::Tensor>& noise, const std::optional<at::Tensor>& noise_scale,
-                     const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& scale,
-                     const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& sample_ids,
-                     const at::Tensor& out, const std::optional<at::Tensor>& pred,
-                     const std::optional<at::Tensor>& second) {
+void check_rows(const AffineStepArgs& args) {
+  int64_t checked = -1;
+  for (int64_t b = 0; b < args.size[0]; ++b) {
+    for (int64_t t = 0; t < args.size[1]; ++t) {
+      const int64_t index = args.rows[b * args.rows_stride[0] + t * args.rows_stride[1]];
+      if (index != checked || index < 0) check_row(args, index);
+      checked = index;
+    }
+  }
+}
+
+[[maybe_unused]] void launch(const Cpu&, const AffineStepArgs& args, int64_t count) {
+  parallel_elements(count, args.seed == nullptr ? kMoveGrain : kNoiseGrain, affine_step, args);
+}
+#if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
+void launch(const Gpu& gpu, const AffineStepArgs& args, int64_t) { gpu.run(cuda::affine_step, args); }
+#endif
+
+template <class Backend>
+void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_output, const at::Tensor& table,
+                    const at::Tensor& rows, const std::optional<at::Tensor>& uncond, at::TensorList history,
+                    const std::optional<at::Tensor>& noise, const std::optional<at::Tensor>& noise_scale,
+                    const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& scale,
+                    const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& sample_ids,
+                    const at::Tensor& out, const std::optional<at::Tensor>& pred,
+                    const std::optional<at::Tensor>& second) {
   // Check.
   const int64_t n_history = static_cast<int64_t>(history.size());
   const int64_t columns = kHistory + 2 * n_history;
   TORCH_CHECK_VALUE(x.dim() >= 1, kOp, ": x must begin with the batch, got a scalar");
   TORCH_CHECK_VALUE(n_history <= kMaxHistory, kOp, ": history holds ", n_history, " tensors, more than ", kMaxHistory);
-  check_index(kOp, "table", table, at::kDouble);
+  check_index(kOp, "table", table, at::kDouble, x.device());
   TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == columns && (table.stride(1) == 1 || table.size(0) == 0), kOp,
                     ": table must have shape (rows, ", columns, ") for ", n_history, " history terms, got ",
                     table.sizes());
-  check_index(kOp, "rows", rows, at::kLong);
+  check_index(kOp, "rows", rows, at::kLong, x.device());
   const bool one_row = rows.numel() == 1;
   TORCH_CHECK_VALUE(
       one_row || (rows.dim() <= 2 && rows.dim() <= x.dim() && rows.sizes() == x.sizes().slice(0, rows.dim())), kOp,
@@ -50,16 +69,16 @@ void affine_step_cpu(const at::Tensor& x, const std::optional<at::Tensor>& model
   TORCH_CHECK_VALUE(!uncond.has_value() || model_output.has_value(), kOp, ": uncond needs model_output");
   TORCH_CHECK_VALUE(!(noise.has_value() && seed.has_value()), kOp, ": give noise or seed, not both");
   if (seed.has_value()) {
-    check_index(kOp, "seed", *seed, at::kLong);
+    check_index(kOp, "seed", *seed, at::kLong, x.device());
     TORCH_CHECK_VALUE(seed->numel() == 1, kOp, ": seed must hold one number, got shape ", seed->sizes());
   }
   if (sample_ids.has_value()) {
-    check_index(kOp, "sample_ids", *sample_ids, at::kLong);
+    check_index(kOp, "sample_ids", *sample_ids, at::kLong, x.device());
     TORCH_CHECK_VALUE(sample_ids->dim() == 1 && sample_ids->size(0) == x.size(0), kOp, ": sample_ids must have shape (",
                       x.size(0), ",), got ", sample_ids->sizes());
   }
   if (scale.has_value()) {
-    check_index(kOp, "scale", *scale, at::kFloat);
+    check_index(kOp, "scale", *scale, at::kFloat, x.device());
     TORCH_CHECK_VALUE(scale->dim() == 2 && scale->size(0) == x.size(0) && scale->size(1) == columns, kOp,
                       ": scale must have shape (", x.size(0), ", ", columns, "), got ", scale->sizes());
   }
@@ -77,6 +96,7 @@ void affine_step_cpu(const at::Tensor& x, const std::optional<at::Tensor>& model
   inputs.reserve(kMaxTerms);
   const auto add_input = [&](int term, const char* name, const at::Tensor& tensor, bool allow_bool = false) {
     check_no_grad(kOp, name, tensor);
+    check_device(kOp, name, tensor, x.device());
     const DType dtype = kernel_dtype(kOp, name, tensor, allow_bool);
     if (tensor.sizes() == x.sizes()) {
       space.add(args.term[term], dtype, tensor);
@@ -90,6 +110,7 @@ void affine_step_cpu(const at::Tensor& x, const std::optional<at::Tensor>& model
     TORCH_CHECK_VALUE(tensor.sizes() == x.sizes(), kOp, ": ", name, " must have x's shape ", x.sizes(), ", got ",
                       tensor.sizes());
     check_no_grad(kOp, name, tensor);
+    check_device(kOp, name, tensor, x.device());
     at::assert_no_internal_overlap(tensor);
     space.add(operand, kernel_dtype(kOp, name, tensor), tensor);
   };
@@ -141,27 +162,16 @@ void affine_step_cpu(const at::Tensor& x, const std::optional<at::Tensor>& model
     args.sample_ids = sample_ids->const_data_ptr<int64_t>();
     args.sample_ids_stride = sample_ids->stride(0);
   }
-  int64_t checked = -1;
-  for (int64_t b = 0; b < args.size[0]; ++b) {
-    for (int64_t t = 0; t < args.size[1]; ++t) {
-      const int64_t index = args.rows[b * args.rows_stride[0] + t * args.rows_stride[1]];
-      if (index != checked || index < 0) check_row(args, index);
-      checked = index;
-    }
-  }
+  if (Backend::kHostCanRead) check_rows(args);
 
   // Launch.
-  parallel_elements(x.numel(), seed.has_value() ? kNoiseGrain : kMoveGrain, affine_step, args);
+  launch(Backend(x), args, x.numel());
 }
 
-TORCH_LIBRARY_FRAGMENT(pygen, library) {
-  library.def(
-      "affine_step(Tensor x, Tensor? model_output, Tensor table, Tensor rows, Tensor? uncond, Tensor[] history, "
-      "Tensor? noise, Tensor? noise_scale, Tensor? mask, Tensor? scale, Tensor? seed, Tensor? sample_ids, "
-      "Tensor(a!) out, Tensor(b!)? pred, Tensor(c!)? second) -> ()",
-      {at::Tag::pt2_compliant_tag});
-}
-TORCH_LIBRARY_IMPL(pygen, CPU, library) { library.impl("affine_step", &affine_step_cpu); }
+PYGEN_OP("affine_step", affine_step_op,
+         "(Tensor x, Tensor? model_output, Tensor table, Tensor rows, Tensor? uncond, Tensor[] history, "
+         "Tensor? noise, Tensor? noise_scale, Tensor? mask, Tensor? scale, Tensor? seed, Tensor? sample_ids, "
+         "Tensor(a!) out, Tensor(b!)? pred, Tensor(c!)? second) -> ()")
 
 }  // namespace
 }  // namespace pygen

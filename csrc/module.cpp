@@ -30,6 +30,12 @@ PYBIND11_MODULE(_C, module) {
       },
       "The instruction sets that are compiled in.");
 
+#if defined(PYGEN_CUDA)
+  module.attr("CUDA_BUILT") = true;
+#else
+  module.attr("CUDA_BUILT") = false;
+#endif
+
   py::list columns;
   for (const char* name : pygen::kColumnNames) columns.append(name);
   module.attr("AFFINE_COLUMNS") = columns;

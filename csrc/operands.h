@@ -28,8 +28,15 @@ inline DType kernel_dtype(const char* op, const char* name, const at::Tensor& te
   }
 }
 
+inline void check_device(const char* op, const char* name, const at::Tensor& tensor, at::Device device) {
+  TORCH_CHECK_VALUE(tensor.device() == device, op, ": ", name, " lies on ", tensor.device(), ", the others on ",
+                    device);
+}
+
 // A tensor of numbers that a kernel reads through a pointer: seeds, steps, rows, tables.
-inline void check_index(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type) {
+inline void check_index(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
+                        at::Device device) {
+  check_device(op, name, tensor, device);
   TORCH_CHECK_TYPE(tensor.scalar_type() == type, op, ": ", name, " must be ", type, ", got ", tensor.scalar_type());
 }
 

@@ -1,8 +1,8 @@
 #include "pygen/philox_normal.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <torch/library.h>
 
+#include "backend.h"
 #include "operands.h"
 
 namespace pygen {
@@ -10,18 +10,26 @@ namespace {
 
 constexpr const char* kOp = "philox_normal";
 
-void philox_normal_cpu(const at::Tensor& out, const at::Tensor& seed, const at::Tensor& step,
-                       const std::optional<at::Tensor>& sample_ids, int64_t draw) {
+[[maybe_unused]] void launch(const Cpu&, const PhiloxNormalArgs& args, int64_t count) {
+  parallel_elements(count, kNoiseGrain, philox_normal, args);
+}
+#if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
+void launch(const Gpu& gpu, const PhiloxNormalArgs& args, int64_t) { gpu.run(cuda::philox_normal, args); }
+#endif
+
+template <class Backend>
+void philox_normal_op(const at::Tensor& out, const at::Tensor& seed, const at::Tensor& step,
+                      const std::optional<at::Tensor>& sample_ids, int64_t draw) {
   // Check.
   TORCH_CHECK_VALUE(out.dim() >= 1, kOp, ": the shape must begin with the batch, got a scalar");
-  check_index(kOp, "seed", seed, at::kLong);
-  check_index(kOp, "step", step, at::kLong);
+  check_index(kOp, "seed", seed, at::kLong, out.device());
+  check_index(kOp, "step", step, at::kLong, out.device());
   TORCH_CHECK_VALUE(seed.numel() == 1, kOp, ": seed must hold one number, got shape ", seed.sizes());
   TORCH_CHECK_VALUE(step.numel() == 1 || (step.dim() == 1 && step.size(0) == out.size(0)), kOp,
                     ": step must hold one number, or one per sample (", out.size(0), "), got shape ", step.sizes());
   TORCH_CHECK_VALUE(draw >= 0 && draw < 1 << 16, kOp, ": draw must lie in [0, 65536), got ", draw);
   if (sample_ids.has_value()) {
-    check_index(kOp, "sample_ids", *sample_ids, at::kLong);
+    check_index(kOp, "sample_ids", *sample_ids, at::kLong, out.device());
     TORCH_CHECK_VALUE(sample_ids->dim() == 1 && sample_ids->size(0) == out.size(0), kOp,
                       ": sample_ids must have shape (", out.size(0), ",), got ", sample_ids->sizes());
   }
@@ -46,14 +54,11 @@ void philox_normal_cpu(const at::Tensor& out, const at::Tensor& seed, const at::
   }
 
   // Launch.
-  parallel_elements(out.numel(), kNoiseGrain, philox_normal, args);
+  launch(Backend(out), args, out.numel());
 }
 
-TORCH_LIBRARY_FRAGMENT(pygen, library) {
-  library.def("philox_normal(Tensor(a!) out, Tensor seed, Tensor step, Tensor? sample_ids=None, *, int draw=0) -> ()",
-              {at::Tag::pt2_compliant_tag});
-}
-TORCH_LIBRARY_IMPL(pygen, CPU, library) { library.impl("philox_normal", &philox_normal_cpu); }
+PYGEN_OP("philox_normal", philox_normal_op,
+         "(Tensor(a!) out, Tensor seed, Tensor step, Tensor? sample_ids=None, *, int draw=0) -> ()")
 
 }  // namespace
 }  // namespace pygen

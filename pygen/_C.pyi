@@ -1,6 +1,7 @@
 AFFINE_COLUMNS: list[str]
 MAX_HISTORY: int
 DRAW_AFFINE_STEP: int
+CUDA_BUILT: bool
 
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

@@ -25,10 +25,16 @@ def doctor() -> None:
         facts.add_row(name, value)
     ops = Table("op", *BACKENDS, box=SIMPLE_HEAD)
     for spec in SPECS.values():
-        ops.add_row(spec.name, *("yes" if backend in spec.backends else "-" for backend in BACKENDS))
+        ops.add_row(spec.name, *(_status(backend, spec.backends) for backend in BACKENDS))
     console = Console(highlight=False, markup=False)
     console.print(facts)
     console.print(ops)
+
+
+def _status(backend: str, backends: tuple[str, ...]) -> str:
+    if backend not in backends:
+        return "-"
+    return "not built" if backend == "cuda" and not _C.CUDA_BUILT else "yes"
 
 
 def _facts() -> list[tuple[str, str]]:
@@ -49,12 +55,7 @@ def _facts() -> list[tuple[str, str]]:
     usable = torch.cuda.is_available()
     facts += [
         ("CUDA in torch", torch.version.cuda or "not built"),
-        ("CUDA in pygen", "built" if _cuda_is_built() else "not built"),
+        ("CUDA in pygen", "built" if _C.CUDA_BUILT else "not built"),
         ("GPU", torch.cuda.get_device_name() if usable else "none usable"),
     ]
     return facts
-
-
-def _cuda_is_built() -> bool:
-    """Whether the extension that was loaded registered any kernel for CUDA."""
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(spec.operator.name(), "CUDA") for spec in SPECS.values())

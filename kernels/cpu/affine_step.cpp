@@ -1,10 +1,9 @@
 #include "pygen/affine_step.h"
 
 #include "philox.h"
+#include "pygen/affine_row.h"
 #include "pygen/philox_normal.h"
 #include "strips.h"
-//
-#include "pygen/affine_row.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
@@ -87,7 +86,7 @@ void affine_step(const AffineStepArgs& args, int64_t begin, int64_t end) {
     const int64_t sample = at.index[0];
     const int64_t index = args.rows[sample * args.rows_stride[0] + at.index[1] * args.rows_stride[1]];
     if (index != row_index || row_sample < 0 || (args.scale != nullptr && sample != row_sample)) {
-      row = affine_read_row(args, index, sample);
+      affine_read_row(args, index, sample, row);
     }
     row_index = index;
     row_sample = sample;

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "pygen/simd.h"
+#include "pygen/pack.h"
 
 namespace pygen {
 namespace {
@@ -15,52 +15,13 @@ inline constexpr int64_t kStrip = kStripVectors * kLanes;
 inline constexpr int64_t kChunk = 1024;
 static_assert(kChunk % kStrip == 0);
 
-struct Strip {
-  F32 v[kStripVectors];
-};
-
-template <class F>
-PYGEN_INLINE Strip each(F f) {
-  Strip s;
-  for (int i = 0; i < kStripVectors; ++i) s.v[i] = f(i);
-  return s;
-}
-struct StripMask {
-  I32 v[kStripVectors];
-};
-PYGEN_INLINE Strip operator+(const Strip& a, const Strip& b) {
-  return each([&](int i) { return a.v[i] + b.v[i]; });
-}
-PYGEN_INLINE Strip operator-(const Strip& a, const Strip& b) {
-  return each([&](int i) { return a.v[i] - b.v[i]; });
-}
-PYGEN_INLINE Strip operator*(const Strip& a, const Strip& b) {
-  return each([&](int i) { return a.v[i] * b.v[i]; });
-}
-PYGEN_INLINE StripMask operator<(const Strip& a, const Strip& b) {
-  StripMask mask;
-  for (int i = 0; i < kStripVectors; ++i) mask.v[i] = a.v[i] < b.v[i];
-  return mask;
-}
-PYGEN_INLINE StripMask operator>(const Strip& a, const Strip& b) { return b < a; }
-PYGEN_INLINE StripMask is_nan(const Strip& a) {
-  StripMask mask;
-  for (int i = 0; i < kStripVectors; ++i) mask.v[i] = a.v[i] != a.v[i];
-  return mask;
-}
-PYGEN_INLINE Strip select(const StripMask& condition, const Strip& yes, const Strip& no) {
-  return each([&](int i) { return select(condition.v[i], yes.v[i], no.v[i]); });
-}
-PYGEN_INLINE Strip fma(const Strip& a, const Strip& b, const Strip& c) {
-  return each([&](int i) { return fma(a.v[i], b.v[i], c.v[i]); });
-}
-PYGEN_INLINE Strip splat(float value, const Strip&) {
-  return each([&](int) { return splat(value, F32{}); });
-}
+using Strip = Pack<F32, kStripVectors>;
 
 template <DType kDType>
 PYGEN_INLINE Strip load_strip(const char* from) {
-  return each([&](int i) { return load<kDType>(from + i * kLanes * size_of(kDType)); });
+  Strip strip;
+  for (int i = 0; i < kStripVectors; ++i) strip.v[i] = load<kDType>(from + i * kLanes * size_of(kDType));
+  return strip;
 }
 PYGEN_INLINE Strip load_strip(const char* from, DType dtype) {
   switch (dtype) {

@@ -27,7 +27,7 @@ from pygen.ops.spec import Example, OpSpec, tensor_bytes
 COLUMNS: dict[str, int] = {name: i for i, name in enumerate(_C.AFFINE_COLUMNS)}
 HISTORY_COLUMN = len(COLUMNS)
 MAX_HISTORY: int = _C.MAX_HISTORY
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "cuda")
 
 
 def affine_step(

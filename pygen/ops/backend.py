@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from pygen import _C
+
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 _forced: str | None = None
 
@@ -30,15 +32,18 @@ def backend(name: str) -> Iterator[None]:
 
 def use_reference(op: str, backends: tuple[str, ...], device: torch.device) -> bool:
     """Whether the reference was asked for; raises where the backend asked for cannot run this op here."""
-    if _forced is None:
-        if device.type not in backends:
-            raise RuntimeError(
-                f"{op} has no kernel for device {device}; it has {', '.join(backends)}. Move the tensors, or ask for "
-                'the reference by name: with pygen.backend("reference")'
-            )
-        return False
-    if _forced not in backends:
-        raise RuntimeError(f"{op} has no backend {_forced!r}; it has {', '.join(backends)}")
-    if _forced == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"{op} was asked to run by backend 'cpu' on tensors that lie on {device}")
-    return _forced == "reference"
+    name = device.type if _forced is None else _forced
+    if name == "reference":
+        return True
+    if name not in backends:
+        raise RuntimeError(
+            f"{op} has no backend {name!r}; it has {', '.join(backends)}. Ask for the reference by name: "
+            'with pygen.backend("reference")'
+        )
+    if name != device.type:
+        raise RuntimeError(f"{op} was asked to run by backend {name!r} on tensors that lie on {device}")
+    if name == "cuda" and not _C.CUDA_BUILT:
+        raise RuntimeError(
+            f"{op} has a CUDA kernel, but this pygen was built without: build it where torch has CUDA and nvcc is found"
+        )
+    return False

@@ -14,7 +14,7 @@ from pygen.ops.spec import Example, OpSpec, index_tensor, tensor_bytes
 
 # The top four bits of a draw name the op that draws.
 DRAW_AFFINE_STEP: int = _C.DRAW_AFFINE_STEP
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "cuda")
 _WORD = 0xFFFFFFFF
 
 

@@ -1,49 +1,22 @@
-// Runs a grid on the host. A block has an OS thread to itself while it runs, and each of its CUDA threads is a fibre that
-// runs until it waits at a barrier, a warp collective or grid_sync; when no fibre of a block can go on, the kernel is
-// wrong, and `explain` says who waits for whom. emulation.h gives these things the names that they have in CUDA.
+// Runs a grid on the host. A block has an OS thread to itself while it runs, and each of its CUDA threads is a fibre
+// that runs until it waits at a barrier, a warp collective or grid_sync; when no fibre of a block can go on, the kernel
+// is wrong, and `explain` says who waits for whom. emulation.h gives these things the names that they have in CUDA.
 //
 // The sanitizers see each CUDA thread as a thread of its own. ThreadSanitizer learns an order between two of them only
 // where CUDA promises one, so a missing barrier is a data race even though nothing here runs at the same time.
 #pragma once
 
-#include <dlfcn.h>
-#include <elf.h>
-#include <link.h>
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <condition_variable>
-#include <cstdarg>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <mutex>
 #include <source_location>
 #include <string>
 #include <thread>
 #include <tuple>
 #include <type_traits>
-#include <vector>
+#include <utility>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-#ifdef __SANITIZE_THREAD__
-#include <sanitizer/tsan_interface.h>
-extern "C" {
-void AnnotateIgnoreReadsBegin(const char*, int);
-void AnnotateIgnoreReadsEnd(const char*, int);
-void AnnotateIgnoreWritesBegin(const char*, int);
-void AnnotateIgnoreWritesEnd(const char*, int);
-}
-#endif
-#ifndef __x86_64__
-#include <ucontext.h>
-#endif
+#include "emulation_machine.h"
 
 struct uint3 {
   unsigned x, y, z;
@@ -56,111 +29,9 @@ struct dim3 {
 namespace pygen_emulation {
 
 inline constexpr int kWarpSize = 32;
-inline constexpr size_t kStackBytes = 256 << 10;
 inline constexpr size_t kMaxDynamicShared = 227 << 10;  // of an sm_90 block
 inline constexpr int64_t kMaxResidentBlocks = 256;      // a cooperative launch holds an OS thread for each
 inline constexpr int64_t kMaxResidentThreads = 16384;   // and a stack for each of their threads
-
-[[noreturn, gnu::format(printf, 1, 2)]] inline void fail(const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  fputs("pygen emulation: ", stderr);
-  vfprintf(stderr, format, arguments);
-  fputs("\n", stderr);
-  va_end(arguments);
-  abort();
-}
-
-// ---- The sanitizers ------------------------------------------------------------------------------------------------
-
-#ifdef __SANITIZE_THREAD__
-// ThreadSanitizer has 8128 threads and takes a new one that got an old one's number for the old one itself. So the
-// fibres of a launch are kept until it ends, and a launch is at most this large.
-inline constexpr int64_t kMaxTsanThreads = 7900;
-inline void release(void* place) { __tsan_release(place); }
-inline void acquire(void* place) { __tsan_acquire(place); }
-// The scheduler's own reads and writes are no part of the kernel.
-struct Unseen {
-  Unseen() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
-  ~Unseen() { AnnotateIgnoreReadsEnd("", 0), AnnotateIgnoreWritesEnd("", 0); }
-};
-#else
-inline constexpr int64_t kMaxTsanThreads = 0;
-inline void release(void*) {}
-inline void acquire(void*) {}
-struct Unseen {
-  Unseen() {}
-};
-#endif
-
-// ---- Stacks --------------------------------------------------------------------------------------------------------
-
-#ifdef __x86_64__
-using Context = void*;
-extern "C" void pygen_emulation_switch(Context* from, Context to);
-asm(R"(
-  .pushsection .text
-  .weak pygen_emulation_switch
-  .hidden pygen_emulation_switch
-  .type pygen_emulation_switch, @function
-pygen_emulation_switch:
-  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
-  mov %rsp, (%rdi)
-  mov %rsi, %rsp
-  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
-  ret
-  .size pygen_emulation_switch, . - pygen_emulation_switch
-  .popsection
-)");
-inline void switch_context(Context& from, Context& to) { pygen_emulation_switch(&from, to); }
-inline void prepare_context(Context& context, char*, char* top, void (*entry)()) {
-  void** stack = reinterpret_cast<void**>(top);
-  *--stack = nullptr;  // where entry would return to: it never does
-  *--stack = reinterpret_cast<void*>(entry);
-  for (int i = 0; i < 6; ++i) *--stack = nullptr;
-  context = stack;
-}
-#else
-using Context = ucontext_t;
-inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
-inline void prepare_context(Context& context, char* bottom, char* top, void (*entry)()) {
-  getcontext(&context);
-  context.uc_stack.ss_sp = bottom;
-  context.uc_stack.ss_size = top - bottom;
-  makecontext(&context, entry, 0);
-}
-#endif
-
-// Stacks are kept from launch to launch, but not under ThreadSanitizer, to which a fresh mapping is fresh memory.
-struct StackPool {
-  std::mutex mutex;
-  std::vector<char*> stacks;
-
-  char* take() {
-    {
-      std::lock_guard lock(mutex);
-      if (!stacks.empty()) {
-        char* stack = stacks.back();
-        stacks.pop_back();
-        return stack;
-      }
-    }
-    void* stack =
-        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    // The lowest page faults, so that a stack which overflows does not run into its neighbour.
-    if (stack == MAP_FAILED || mprotect(stack, 4096, PROT_NONE) != 0) fail("no memory for the stacks of a grid");
-    return static_cast<char*>(stack);
-  }
-  void give(const std::vector<char*>& used) {
-    if (kMaxTsanThreads > 0) {
-      for (char* stack : used) munmap(stack, kStackBytes);
-    } else {
-      std::lock_guard lock(mutex);
-      stacks.insert(stacks.end(), used.begin(), used.end());
-    }
-  }
-};
-inline StackPool stack_pool;
 
 // ---- A launch, a block, a warp, a thread ---------------------------------------------------------------------------
 
@@ -171,11 +42,11 @@ struct Launch {
   void (*run)(const void* arguments);
   const void* arguments;
 
-  std::mutex mutex;
-  std::condition_variable changed;
+  std::mutex mutex{};
+  std::condition_variable changed{};
   int64_t arrived = 0, finished = 0, generation = 0;  // blocks at grid_sync
   char order[2] = {}, end = 0;                        // what `release` and `acquire` meet at
-  std::vector<void*> tsan_fibers;
+  std::vector<Strand> used_strands{};
 
   int64_t blocks() const { return int64_t{grid.x} * grid.y * grid.z; }
   int threads() const { return static_cast<int>(block.x * block.y * block.z); }
@@ -191,8 +62,9 @@ struct Launch {
     changed.wait(lock, [&] { return generation != before || finished > 0; });
     return generation != before;
   }
-  void finish_block() {
+  void finish(const std::vector<Strand>& strands) {
     std::lock_guard lock(mutex);
+    used_strands.insert(used_strands.end(), strands.begin(), strands.end());
     ++finished;
     changed.notify_all();
   }
@@ -203,7 +75,7 @@ struct Call {
   std::source_location where;
 };
 inline constexpr char kSyncWarp[] = "__syncwarp";
-// Threads meet only if they came to one call at one place: what branches apart may not meet. The exception is __syncwarp.
+// Threads meet only if they came to one call at one place, as those that diverged did not; __syncwarp lets them.
 inline bool same(const Call& a, const Call& b) {
   return a.name == b.name &&
          (a.name == kSyncWarp || (a.where.line() == b.where.line() && a.where.column() == b.where.column()));
@@ -227,7 +99,7 @@ enum class Status : uint8_t { kNew, kReady, kWaiting, kDone };
 
 struct Fiber {
   Context context;
-  char* stack;
+  Strand strand;
   struct Block* block;
   Warp* warp;
   uint3 index;
@@ -236,10 +108,9 @@ struct Fiber {
   Call call;        // while it waits: where
   unsigned mask;    // and for which lanes; 0 is for the whole block
   unsigned active;  // what __activemask answers
-  void *tsan_fiber, *asan_stack;
+  void* asan_stack;
 };
 
-inline thread_local Fiber* current;
 inline constexpr char kActiveMask[] = "__activemask", kGridSync[] = "grid_sync";
 
 inline std::string text(const char* format, auto... values) {
@@ -252,71 +123,6 @@ inline std::string text(const Call& call, unsigned mask) {
   return text("%s%s (%s:%u)", call.name, with.c_str(), call.where.file_name(), call.where.line());
 }
 
-// ---- Shared memory -------------------------------------------------------------------------------------------------
-
-// A __shared__ variable is a static thread_local one. They are found among the symbols of the module that this header
-// is compiled into, as offsets from `current`.
-struct SharedVariable {
-  ptrdiff_t offset;
-  size_t size;
-};
-
-inline std::vector<SharedVariable> find_shared_variables() {
-  Dl_info info;
-  link_map* map = nullptr;
-  dladdr1(reinterpret_cast<void*>(&find_shared_variables), &info, reinterpret_cast<void**>(&map), RTLD_DL_LINKMAP);
-  const char* path = map == nullptr || *map->l_name == 0 ? "/proc/self/exe" : map->l_name;
-  FILE* file = fopen(path, "rb");
-  if (file == nullptr) fail("cannot read %s, whose symbols say where shared memory is", path);
-  const auto read = [&]<class T>(T, size_t offset, size_t bytes) {
-    std::vector<T> data(bytes / sizeof(T));
-    if (fseek(file, static_cast<long>(offset), SEEK_SET) != 0 || fread(data.data(), 1, bytes, file) != bytes) {
-      fail("cannot read the symbols of %s", path);
-    }
-    return data;
-  };
-  const Elf64_Ehdr header = read(Elf64_Ehdr{}, 0, sizeof(Elf64_Ehdr))[0];
-  const auto sections = read(Elf64_Shdr{}, header.e_shoff, header.e_shnum * sizeof(Elf64_Shdr));
-  std::vector<SharedVariable> variables;
-  ptrdiff_t anchor = -1;
-  for (const Elf64_Shdr& section : sections) {
-    if (section.sh_type != SHT_SYMTAB) continue;
-    const auto names = read(char{}, sections[section.sh_link].sh_offset, sections[section.sh_link].sh_size);
-    for (const Elf64_Sym& symbol : read(Elf64_Sym{}, section.sh_offset, section.sh_size)) {
-      if (ELF64_ST_TYPE(symbol.st_info) != STT_TLS || symbol.st_shndx == SHN_UNDEF) continue;
-      if (strstr(&names[symbol.st_name], "15pygen_emulation7current") != nullptr) {
-        anchor = static_cast<ptrdiff_t>(symbol.st_value);
-      } else {
-        variables.push_back({static_cast<ptrdiff_t>(symbol.st_value), symbol.st_size});
-      }
-    }
-  }
-  fclose(file);
-  if (anchor < 0) fail("%s is stripped: its symbols say where shared memory is", path);
-  for (SharedVariable& variable : variables) variable.offset -= anchor;
-  return variables;
-}
-
-inline const std::vector<SharedVariable>& shared_variables() {
-  static const std::vector<SharedVariable> variables = find_shared_variables();
-  return variables;
-}
-inline char* address(const SharedVariable& variable) { return reinterpret_cast<char*>(&current) + variable.offset; }
-
-// AddressSanitizer puts no red zone around a thread_local variable. Alignment makes room for one: a variable is smaller
-// than this, for static shared memory ends at 48 KB.
-#ifdef __SANITIZE_ADDRESS__
-#define PYGEN_EMULATION_SHARED static thread_local __attribute__((aligned(65536)))
-inline void put_red_zones() {
-  for (const SharedVariable& variable : shared_variables()) {
-    if (variable.size <= 48 << 10) __asan_poison_memory_region(address(variable) + variable.size, 256);
-  }
-}
-#else
-#define PYGEN_EMULATION_SHARED static thread_local
-inline void put_red_zones() {}
-#endif
-
 // ---- Running a block -----------------------------------------------------------------------------------------------
 
 inline void fiber_main();
@@ -324,14 +130,13 @@ inline void fiber_main();
 struct Block {
   Launch& launch;
   uint3 index{};
-  int threads, arrived = 0, trues = 0, result = 0, at_grid = 0, done = 0;
+  int threads, arrived = 0, trues = 0, result = 0, at_grid = 0;
   unsigned barriers = 0, grid_barriers = 0;
-  char order[2] = {};
-  Call call{};  // of the barrier that threads are at
+  char order[2] = {}, begin = 0;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   void* dynamic_shared = nullptr;
-  std::vector<char*> stacks, free_stacks;
+  std::vector<Strand> strands, free_strands;
   // The worker's own side of a switch.
   Context context;
   void *tsan_fiber = nullptr, *asan_stack = nullptr;
@@ -356,17 +161,17 @@ struct Block {
 #ifdef __SANITIZE_THREAD__
     tsan_fiber = __tsan_get_current_fiber();
 #endif
+    release(&begin);
   }
   ~Block() {
+    remove_red_zones();
     free(dynamic_shared);
-    stack_pool.give(stacks);
   }
   Block(const Block&) = delete;
 
   void run(int64_t number) {
     const int64_t x = launch.grid.x, y = launch.grid.y;
     index = {unsigned(number % x), unsigned(number / x % y), unsigned(number / x / y)};
-    done = 0;
     for (Fiber& fiber : fibers) fiber.status = Status::kNew;
     // Nobody may rely on what shared memory holds at first: NaN, and -1.
     for (const SharedVariable& variable : shared_variables()) memset(address(variable), 0xff, variable.size);
@@ -378,7 +183,6 @@ struct Block {
     for (const Fiber& fiber : fibers) {
       if (fiber.status == Status::kWaiting) explain(fiber);
     }
-    if (launch.cooperative) launch.finish_block();
   }
 
   // Runs each warp until all its lanes wait, before the next one: its stacks stay in the cache.
@@ -438,19 +242,18 @@ struct Block {
   }
 
   void start(Fiber& fiber) {
-    if (free_stacks.empty()) {
-      stacks.push_back(stack_pool.take());
-      free_stacks.push_back(stacks.back());
+    if (free_strands.empty()) {
+      strands.push_back(strand_pool.take());
+      free_strands.push_back(strands.back());
     }
-    fiber.stack = free_stacks.back();
-    free_stacks.pop_back();
+    fiber.strand = free_strands.back();
+    free_strands.pop_back();
+    char* stack = fiber.strand.stack;
     // Tops at one place of every page would all fall into the same lines of the cache.
-    const size_t color = reinterpret_cast<size_t>(fiber.stack) / kStackBytes % 16 * 256;
-    prepare_context(fiber.context, fiber.stack, fiber.stack + kStackBytes - color, fiber_main);
+    const size_t color = reinterpret_cast<size_t>(stack) / kStackBytes % 16 * 256;
+    prepare_context(fiber.context, stack, stack + kStackBytes - color, fiber_main);
 #ifdef __SANITIZE_THREAD__
-    fiber.tsan_fiber = __tsan_create_fiber(0);
-    std::lock_guard lock(launch.mutex);
-    launch.tsan_fibers.push_back(fiber.tsan_fiber);
+    __tsan_set_fiber_name(fiber.strand.tsan_fiber, name(fiber).c_str());
 #endif
   }
 
@@ -461,19 +264,17 @@ struct Block {
     }
     current = &fiber;
 #ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(&asan_stack, fiber.stack, kStackBytes);
+    __sanitizer_start_switch_fiber(&asan_stack, fiber.strand.stack, kStackBytes);
 #endif
 #ifdef __SANITIZE_THREAD__
-    __tsan_switch_to_fiber(fiber.tsan_fiber, __tsan_switch_to_fiber_no_sync);
+    __tsan_switch_to_fiber(fiber.strand.tsan_fiber, __tsan_switch_to_fiber_no_sync);
 #endif
     switch_context(context, fiber.context);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(asan_stack, nullptr, nullptr);
 #endif
-    if (fiber.status == Status::kDone) {
-      ++done;
-      if (kMaxTsanThreads == 0) free_stacks.push_back(fiber.stack);  // hot in the cache for the next thread
-    }
+    // Hot in the cache for the next thread; but ThreadSanitizer would take the two for one.
+    if (fiber.status == Status::kDone && kMaxTsanThreads == 0) free_strands.push_back(fiber.strand);
   }
 
   // Back from a fibre to the worker; its counterpart is `resume`.
@@ -503,18 +304,23 @@ struct Block {
       const bool there =
           fiber.status == Status::kWaiting && same(fiber.call, waiting.call) && fiber.mask == waiting.mask;
       if (!wanted || there) continue;
-      other = name(fiber) + (fiber.status == Status::kDone ? ", which has exited"
-                             : fiber.status == Status::kWaiting
-                                 ? ", which waits at " + text(fiber.call, fiber.mask)
-                                 : ", which has gone elsewhere");
+      other = name(fiber) + (fiber.status == Status::kDone      ? ", which has exited"
+                             : fiber.status == Status::kWaiting ? ", which waits at " + text(fiber.call, fiber.mask)
+                                                                : ", which has gone elsewhere");
       break;
     }
     fail("%s waits at %s for %s", name(waiting).c_str(), text(waiting.call, waiting.mask).c_str(), other.c_str());
   }
 };
 
+inline Fiber& begin_fiber() {
+  const Unseen unseen;
+  acquire(&current->block->begin);
+  return *current;
+}
+
 inline void fiber_main() {
-  Fiber& self = *current;
+  Fiber& self = begin_fiber();
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &self.block->stack_bottom, &self.block->stack_size);
 #endif
@@ -547,8 +353,7 @@ inline int barrier(const char* name, int predicate, std::source_location where) 
   release(order);
   const Call call{name, where};
   block.trues += predicate != 0;
-  if (block.arrived++ == 0) block.call = call;
-  if (block.arrived < block.threads) {
+  if (++block.arrived < block.threads) {
     wait(self, call, 0);
   } else {
     for (const Fiber& fiber : block.fibers) {
@@ -588,8 +393,8 @@ inline unsigned active_mask(std::source_location where) {
   return self.active;
 }
 
-// The lanes of `mask` each bring a value; each leaves with answer(the meeting, its lane). Only __syncwarp orders memory:
-// CUDA promises nothing of the kind for shuffles and votes.
+// The lanes of `mask` each bring a value; each leaves with answer(the meeting, its lane). Only __syncwarp orders
+// memory: CUDA promises nothing of the kind for shuffles and votes.
 template <class Answer>
 auto collective(const char* name, unsigned mask, uint64_t value, std::source_location where, Answer answer) {
   const Unseen unseen;
@@ -643,7 +448,7 @@ T shuffle(const char* name, unsigned mask, T value, std::source_location where, 
   bits = collective(name, mask, bits, where, [&](const Meeting& meeting, int lane) {
     const int from = source(lane);
     if ((meeting.expected >> from & 1) == 0) {
-      fail("%s reads lane %d, which is not there, at %s", current->block->name(*current).c_str(), from,
+      fail("%s reads lane %d, which takes no part, at %s", current->block->name(*current).c_str(), from,
            text(meeting.call, mask).c_str());
     }
     return meeting.value[from];
@@ -686,34 +491,27 @@ inline void check(const Launch& launch) {
 
 inline void run(Launch& launch) {
   check(launch);
+  std::atomic<int64_t> next = 0;
+  // Runs `count` blocks, or as many as are left.
+  const auto work = [&](int64_t count) {
+    const Unseen unseen;
+    Block block(launch);
+    for (int64_t number; count > 0 && (number = next++) < launch.blocks(); --count) block.run(number);
+    launch.finish(block.strands);
+  };
   std::vector<std::thread> workers;
-  if (launch.cooperative || kMaxTsanThreads > 0) {
-    // An OS thread for each block: at once if they wait for each other, else in turn, for ThreadSanitizer knows a new
-    // thread's shared memory to be new.
-    for (int64_t number = 0; number < launch.blocks(); ++number) {
-      workers.emplace_back([&launch, number] {
-        const Unseen unseen;
-        Block(launch).run(number);
-      });
-      if (!launch.cooperative) workers.back().join();
-    }
-    if (!launch.cooperative) workers.clear();
+  if (launch.cooperative) {
+    for (int64_t i = 0; i < launch.blocks(); ++i) workers.emplace_back(work, 1);
+  } else if (kMaxTsanThreads > 0) {
+    // To ThreadSanitizer a new OS thread's shared memory is new, so a block's is in no race with another's.
+    for (int64_t i = 0; i < launch.blocks(); ++i) std::thread(work, 1).join();
   } else {
-    std::atomic<int64_t> next = 0;
-    const auto work = [&] {
-      Block block(launch);
-      for (int64_t number; (number = next++) < launch.blocks();) block.run(number);
-    };
     const int64_t count = std::min<int64_t>(launch.blocks(), std::max(1u, std::thread::hardware_concurrency()));
-    for (int64_t i = 1; i < count; ++i) workers.emplace_back(work);
-    work();
-    for (std::thread& worker : workers) worker.join();
-    workers.clear();
+    for (int64_t i = 1; i < count; ++i) workers.emplace_back(work, launch.blocks());
+    work(launch.blocks());
   }
   for (std::thread& worker : workers) worker.join();
-#ifdef __SANITIZE_THREAD__
-  for (void* fiber : launch.tsan_fibers) __tsan_destroy_fiber(fiber);
-#endif
+  strand_pool.give(launch.used_strands);
   acquire(&launch.end);  // a launch is over when it returns, as if its stream had been waited for
 }
 
@@ -726,10 +524,11 @@ void launch_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   } const packed{kernel, {static_cast<P>(arguments)...}};
   const auto call = [](const void* opaque) {
     const Packed& packed = *static_cast<const Packed*>(opaque);
-    std::apply(packed.kernel, packed.arguments);
+    [&]<size_t... i>(std::index_sequence<i...>) {
+      packed.kernel(std::get<i>(packed.arguments)...);
+    }(std::index_sequence_for<P...>{});
   };
-  Launch launch{.grid = grid, .block = block, .shared_bytes = shared_bytes, .cooperative = kCooperative, .run = call,
-                .arguments = &packed};
+  Launch launch{grid, block, shared_bytes, kCooperative, call, &packed};
   run(launch);
 }
 

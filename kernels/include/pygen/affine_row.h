@@ -1,8 +1,8 @@
-// The arithmetic of affine_step, once, for any value type V with +, -, *, <, >, fma, splat, select and is_nan:
-// strips of vectors on a CPU, scalars on a GPU. Include the header of V's operations first.
+// The arithmetic of affine_step, once, for any pack of values: of vectors on a CPU, of floats on a GPU.
 #pragma once
 
 #include "pygen/affine_step.h"
+#include "pygen/pack.h"
 
 namespace pygen {
 
@@ -24,21 +24,20 @@ struct AffineRow {
 };
 
 // A row that does not exist, or that reads an operand that is absent, makes NaN.
-PYGEN_INLINE AffineRow affine_nan_row() {
+PYGEN_INLINE void affine_nan_row(AffineRow& r) {
   const Coefficient nan{__builtin_nanf(""), 1};
-  AffineRow r{};
+  r = AffineRow{};
   r.uses_pred = r.clamped = true;
   r.rescale = nan.value;
   r.pred[0] = r.pred[1] = nan;
-  return r;
 }
 
-PYGEN_INLINE bool affine_reads_second(const AffineStepArgs& args) {
+constexpr bool affine_reads_second(const AffineStepArgs& args) {
   return args.second.data != nullptr || args.term[kTermMask].data != nullptr;
 }
 
-PYGEN_INLINE AffineRow affine_read_row(const AffineStepArgs& args, int64_t row, int64_t sample) {
-  if (row < 0 || row >= args.n_rows) return affine_nan_row();
+PYGEN_INLINE void affine_read_row(const AffineStepArgs& args, int64_t row, int64_t sample, AffineRow& r) {
+  if (row < 0 || row >= args.n_rows) return affine_nan_row(r);
   const double* table = args.table + row * args.table_stride;
   const float* scale = args.scale == nullptr ? nullptr : args.scale + sample * args.scale_stride[0];
   const auto exact = [&](int column) {
@@ -48,7 +47,6 @@ PYGEN_INLINE AffineRow affine_read_row(const AffineStepArgs& args, int64_t row, 
     const float value = static_cast<float>(exact(column));
     return Coefficient{value, value != 0.0f};
   };
-  AffineRow r;
   r.step = static_cast<uint32_t>(static_cast<int64_t>(table[kStep]));
   r.low = static_cast<float>(exact(kLow));
   r.high = static_cast<float>(exact(kHigh));
@@ -76,8 +74,7 @@ PYGEN_INLINE AffineRow affine_read_row(const AffineStepArgs& args, int64_t row, 
   r.uses_cond = r.uses_out && r.guidance != 0.0f;
   r.uses_uncond = r.uses_out && r.guidance != 1.0f;
   const bool has_noise = args.seed != nullptr || args.term[kTermNoise].data != nullptr;
-  if ((r.uses_out && args.term[kTermCond].data == nullptr) || (r.draws && !has_noise)) return affine_nan_row();
-  return r;
+  if ((r.uses_out && args.term[kTermCond].data == nullptr) || (r.draws && !has_noise)) affine_nan_row(r);
 }
 
 // `load(term)` gives a V. kResults is 2 where `affine_reads_second`, else 1, and `second` is not made. NaN passes

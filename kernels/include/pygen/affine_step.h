@@ -61,4 +61,8 @@ struct AffineStepArgs {
 
 PYGEN_CPU_KERNEL(affine_step, AffineStepArgs)
 
+namespace cuda {
+void affine_step(const AffineStepArgs& args, void* stream);  // a cudaStream_t
+}
+
 }  // namespace pygen

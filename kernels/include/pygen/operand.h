@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define PYGEN_INLINE __host__ __device__ __forceinline__
+#define PYGEN_INLINE __device__ __forceinline__
 #else
 #define PYGEN_INLINE inline __attribute__((always_inline))
 #endif
@@ -12,6 +12,8 @@
 namespace pygen {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kBool };
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2; }
 
 inline constexpr int kMaxDims = 8;
 

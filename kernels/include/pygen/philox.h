@@ -4,7 +4,7 @@
 // make the four normals of elements 4 b .. 4 b + 3.
 #pragma once
 
-#include "pygen/simd.h"
+#include "pygen/lanes.h"
 
 namespace pygen {
 

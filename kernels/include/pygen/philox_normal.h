@@ -25,4 +25,8 @@ struct PhiloxNormalArgs {
 
 PYGEN_CPU_KERNEL(philox_normal, PhiloxNormalArgs)
 
+namespace cuda {
+void philox_normal(const PhiloxNormalArgs& args, void* stream);  // a cudaStream_t
+}
+
 }  // namespace pygen

@@ -113,26 +113,13 @@ PYGEN_INLINE F32 interleave(F32 a, F32 b) {
   return interleave<kHalf>(a, b, std::make_integer_sequence<int, kLanes>{});
 }
 
-// Half precision without F16C. To float: shift into place, rescale the exponent by an exact product.
-[[maybe_unused]] PYGEN_INLINE F32 half_to_float(U32 half) {
-  const U32 magnitude = (half & 0x7fff) << 13;
-  const U32 finite = to_unsigned(from_unsigned(magnitude) * 0x1p112f);
-  const U32 value = select(magnitude >= 0x7c00u << 13, magnitude | 0x7f800000, finite);
-  return from_unsigned(value | (half & 0x8000) << 16);
-}
-// From float, to nearest even: subnormal halves by adding 1/2, whose last bit is theirs; the others by integers.
-[[maybe_unused]] PYGEN_INLINE U32 float_to_half(F32 value) {
-  const U32 all = to_unsigned(value);
-  const U32 magnitude = all & 0x7fffffff;
-  const U32 tiny = to_unsigned(from_unsigned(magnitude) + 0.5f) - 0x3f000000;
-  const U32 rounded = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  U32 half = select(magnitude < 0x38800000, tiny, rounded);
-  half = select(magnitude >= 0x47800000, U32{} + 0x7c00, half);
-  half = select(magnitude > 0x7f800000, U32{} + 0x7e00, half);
-  return half | (all >> 16 & 0x8000);
-}
+}  // namespace
+}  // namespace pygen
 
-PYGEN_INLINE int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2; }
+#include "pygen/half.h"
+
+namespace pygen {
+namespace {
 
 // kLanes neighbours, widened to float.
 template <DType kDType>
@@ -160,9 +147,7 @@ PYGEN_INLINE void store(char* to, F32 value) {
   if constexpr (kDType == DType::kFloat32) {
     std::memcpy(to, &value, sizeof value);
   } else if constexpr (kDType == DType::kBFloat16) {
-    const U32 all = to_unsigned(value);
-    const U32 rounded = (all + 0x7fff + (all >> 16 & 1)) >> 16;
-    const U16 half = narrow(select(value != value, U32{} + 0x7fc0, rounded));
+    const U16 half = narrow(float_to_bfloat16(value));
     std::memcpy(to, &half, sizeof half);
   } else {
     static_assert(kDType == DType::kFloat16);

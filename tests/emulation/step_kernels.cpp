@@ -1,0 +1,79 @@
+// Runs the step kernels over buffers that end where their last element does, for the sanitizers to watch.
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+#include "pygen/affine_step.h"
+#include "pygen/philox_normal.h"
+
+using namespace pygen;
+
+namespace {
+
+// A tensor of (samples, tokens, elements) whose elements lie `step` apart, in memory of exactly its size.
+struct Buffer {
+  Buffer(int64_t samples, int64_t tokens, int64_t elements, int64_t step, DType dtype) {
+    const int64_t span = samples * tokens * elements * step - (step - 1);
+    bytes.reset(new char[span * size_of(dtype)]());
+    operand = {bytes.get(), {tokens * elements * step, elements * step, step}, dtype};
+  }
+  std::unique_ptr<char[]> bytes;
+  Operand operand;
+};
+
+void step(int64_t samples, int64_t tokens, int64_t elements, int64_t stride, DType dtype, bool second) {
+  constexpr int kHistoryTerms = 2, kColumns = kHistory + 2 * kHistoryTerms;
+  std::vector<double> table(2 * kColumns, 0.5);
+  for (int row = 0; row < 2; ++row) {
+    table[row * kColumns + kStep] = row;
+    table[row * kColumns + kGuidance] = 2.0;
+  }
+  std::vector<int64_t> rows(samples * tokens), ids(samples);
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = i % 2;
+  const int64_t seed = 7;
+  std::vector<Buffer> buffers;
+  const auto make = [&](DType type) {
+    buffers.emplace_back(samples, tokens, elements, stride, type);
+    return buffers.back().operand;
+  };
+  AffineStepArgs args{};
+  args.ndim = 3;
+  args.n_history = kHistoryTerms;
+  args.size[0] = samples, args.size[1] = tokens, args.size[2] = elements;
+  for (int term : {+kTermX, +kTermUncond, +kTermCond, +kTermHistory, kTermHistory + 1}) args.term[term] = make(dtype);
+  if (second) args.term[kTermMask] = make(DType::kBool);
+  args.next = make(dtype);
+  args.pred = make(DType::kFloat32);
+  if (second) args.second = make(dtype);
+  args.table = table.data(), args.table_stride = kColumns, args.n_rows = 2;
+  args.rows = rows.data(), args.rows_stride[0] = tokens, args.rows_stride[1] = 1;
+  args.seed = &seed, args.sample_ids = ids.data(), args.sample_ids_stride = 1;
+  cuda::affine_step(args, nullptr);
+}
+
+void normals(int64_t samples, int64_t elements, int64_t stride, DType dtype) {
+  const Buffer out(samples, 1, elements, stride, dtype);
+  const int64_t seed = 7, at = 3;
+  PhiloxNormalArgs args{};
+  args.ndim = 2;
+  args.size[0] = samples, args.size[1] = elements;
+  args.out = {out.operand.data, {elements * stride, stride}, dtype};
+  args.seed = &seed, args.step = &at;
+  cuda::philox_normal(args, nullptr);
+}
+
+}  // namespace
+
+int main() {
+  int cases = 0;
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t stride : {1, 3}) {
+      for (const int64_t elements : {1, 7, 8, 9, 64, 300, 2056}) {
+        for (const bool second : {false, true}) step(2, 3, elements, stride, dtype, second), ++cases;
+        normals(3, elements, stride, dtype), ++cases;
+      }
+    }
+  }
+  std::printf("%d launches\n", cases);
+}

@@ -1,0 +1,96 @@
+"""Every CUDA kernel in the tree: run on the host by every spec, to the bit, and compiled for every architecture."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pygen.ops import SPECS, OpSpec
+from tests import emulation_build
+from tests.test_ops import BY_DTYPE, outputs_of, run
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "cmake"
+KERNELS = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
+LARGEST = 20_000  # elements of an example that the emulation is given
+
+
+@pytest.fixture(scope="module")
+def emulation() -> Any:
+    """torch.ops.pygen_emulation: the ops of csrc on CPU tensors, launching the CUDA kernels on the host."""
+    cmake = shutil.which("cmake") or str(ROOT / ".venv" / "bin" / "cmake")
+    subprocess.run([cmake, "--build", BUILD, "--target", "pygen_emulation"], check=True, capture_output=True)
+    torch.ops.load_library(BUILD / "libpygen_emulation.so")
+    return torch.ops.pygen_emulation
+
+
+def test_every_kernel_is_an_op() -> None:
+    assert {file.stem for file in KERNELS} == {spec.name for spec in SPECS.values() if "cuda" in spec.backends}
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS.values() if "cuda" in spec.backends], ids=lambda spec: spec.name
+)
+@BY_DTYPE
+def test_emulated_kernel_equals_the_cpus_to_the_bit(
+    spec: OpSpec, dtype: torch.dtype, emulation: Any, record_property: Any
+) -> None:
+    operator = getattr(emulation, spec.name).default
+    schema = operator._schema.arguments
+    cases = 0
+    for example in spec.examples(dtype):
+        if example.arguments[spec.outputs[0]].numel() > LARGEST:
+            continue
+        expected = run(spec, example)
+        arguments = copy.deepcopy(example.arguments)
+        outputs = {name: arguments[name] for name in outputs_of(spec, example)}
+        positional = [arguments.pop(argument.name, None) for argument in schema if not argument.kwarg_only]
+        operator(*positional, **arguments)
+        for name, result in expected.items():
+            ours = outputs[name]
+            assert torch.equal(ours.isnan(), result.isnan()), (example.name, name)
+            assert torch.equal(ours.nan_to_num(3.0), result.nan_to_num(3.0)), (example.name, name)
+        cases += 1
+    assert cases > 30
+    record_property("cases", cases)
+    print(f"{spec.name}, {dtype}: {cases} cases on the host")
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread", "undefined"])
+def test_step_kernels_under_a_sanitizer(sanitizer: emulation_build.Sanitizer, tmp_path: Path) -> None:
+    sources = [ROOT / "tests" / "emulation" / "step_kernels.cpp", *KERNELS]
+    program = emulation_build.build(sources, tmp_path, sanitizer=sanitizer)
+    result = emulation_build.run(program)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout == "126 launches\n"
+    assert not result.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on this machine")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a", "sm_120"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda file: file.stem)
+def test_compiles_without_spilling(kernel: Path, architecture: str, tmp_path: Path) -> None:
+    flags = ["-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-Xptxas=-v"]
+    command = [
+        "nvcc",
+        *flags,
+        f"-arch={architecture}",
+        "-I",
+        ROOT / "kernels/include",
+        "-c",
+        kernel,
+        "-o",
+        tmp_path / "o",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert used
+    assert all(frame == stores == loads == "0" for frame, stores, loads in used), result.stderr

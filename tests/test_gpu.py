@@ -1,0 +1,103 @@
+"""Every spec on a real GPU: what `make gpu` runs first."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pygen
+from pygen import _C
+from pygen.ops import SPECS, OpSpec
+from pygen.ops.affine_step import make_table
+from tests.error_rule import assert_error_rule
+from tests.test_ops import BY_DTYPE, in_double, outputs_of, run
+
+GPU_BACKENDS = ("cuda", "triton")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: `make gpu` runs these on one")
+ON_GPU = pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS.values() if set(spec.backends) & set(GPU_BACKENDS)], ids=lambda spec: spec.name
+)
+
+
+def to_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors on the GPU: strides, offsets and shared memory included."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    moved: dict[int, Tensor] = {}
+
+    def move(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:
+            storage = tensor.untyped_storage()
+            on_gpu = storages.setdefault(storage.data_ptr(), storage.cuda())
+            empty = torch.empty(0, dtype=tensor.dtype, device="cuda")
+            moved[id(tensor)] = empty.set_(on_gpu, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return moved[id(tensor)]
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return move(value)
+        return [visit(item) for item in value] if isinstance(value, list) else value
+
+    return {name: visit(value) for name, value in arguments.items()}
+
+
+@ON_GPU
+@BY_DTYPE
+def test_gpu_against_reference(spec: OpSpec, dtype: torch.dtype) -> None:
+    """CUDA C++ kernels give the CPU's bits; Triton's obey the error rule."""
+    families = defaultdict(list)
+    for example in spec.examples(dtype):
+        arguments = to_gpu(copy.deepcopy(example.arguments))
+        spec.function(**arguments)
+        results = {name: arguments[name].cpu() for name in outputs_of(spec, example)}
+        if "cuda" in spec.backends:
+            for name, expected in run(spec, example).items():
+                assert torch.equal(results[name].nan_to_num(3.0), expected.nan_to_num(3.0)), (example.name, name)
+        truth = spec.reference(**in_double(copy.deepcopy(example.arguments)))
+        same = spec.reference(**copy.deepcopy(example.arguments))
+        for name, place in outputs_of(spec, example).items():
+            families[example.name, name].append((results[name], same[place], truth[place]))
+    for (name, output), triples in families.items():
+        assert_error_rule(triples, f"{spec.name}, {name}, {output}")
+
+
+def steps_on_gpu() -> tuple[Tensor, dict[str, Any]]:
+    x = torch.randn(2, 4, 64, 64, device="cuda")
+    table = make_table([{"x0": 0.5, "noise0": 1.0, "step": step} for step in range(3)]).cuda()
+    arguments = {"rows": torch.tensor([0], device="cuda"), "seed": torch.tensor([1], device="cuda")}
+    return x, {"model_output": None, "table": table} | arguments
+
+
+def test_no_step_waits_for_the_gpu() -> None:
+    x, arguments = steps_on_gpu()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pygen.affine_step(x, **arguments)
+        pygen.philox_normal(seed=arguments["seed"], step=arguments["rows"], out=x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_graph_follows_its_row_and_seed() -> None:
+    x, arguments = steps_on_gpu()
+    out = torch.empty_like(x)
+    pygen.affine_step(x, **arguments, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pygen.affine_step(x, **arguments, out=out)
+    drawn = []
+    for row, seed in ((0, 1), (1, 1), (1, 2)):
+        arguments["rows"].fill_(row)
+        arguments["seed"].fill_(seed)
+        graph.replay()
+        drawn.append(out.clone())
+        assert torch.equal(drawn[-1], pygen.affine_step(x, **arguments))
+    assert len(torch.stack(drawn).flatten(1).unique(dim=0)) == 3
+
+
+def test_the_extension_has_cuda() -> None:
+    assert _C.CUDA_BUILT

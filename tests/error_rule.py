@@ -7,6 +7,7 @@ max |truth|; NaN and Inf stand in the same places once the truth is cast to the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,3 +39,19 @@ def assert_error_rule(triples: Iterable[Triple], what: str = "") -> None:
             largest = max(largest, truth[finite].abs().max().item())
     bound = 2 * torch_error + unit_in_the_last_place(largest, dtype)
     assert kernel_error <= bound, f"{what}: error {kernel_error:.3g} exceeds {bound:.3g} (torch: {torch_error:.3g})"
+
+
+def map_tensors(arguments: dict[str, Any], change: Any) -> dict[str, Any]:
+    changed = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            value = change(name, value)
+        elif isinstance(value, list):
+            value = [change(name, item) for item in value]
+        changed[name] = value
+    return changed
+
+
+def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for the truth: every floating-point tensor in float64."""
+    return map_tensors(arguments, lambda name, tensor: tensor.double() if tensor.is_floating_point() else tensor)

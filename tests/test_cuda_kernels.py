@@ -19,6 +19,7 @@ from tests.test_ops import BY_DTYPE, outputs_of, run
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cmake"
 KERNELS = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 LARGEST = 20_000  # elements of an example that the emulation is given
 
 
@@ -29,6 +30,18 @@ def emulation() -> Any:
     subprocess.run([cmake, "--build", BUILD, "--target", "pygen_emulation"], check=True, capture_output=True)
     torch.ops.load_library(BUILD / "libpygen_emulation.so")
     return torch.ops.pygen_emulation
+
+
+def op_table() -> dict[str, list[str]]:
+    """The rows of docs/ops.md: description, backends, and registers by architecture."""
+    rows = [line.strip("| \n").split(" | ") for line in (ROOT / "docs" / "ops.md").read_text().splitlines()]
+    return {row[0]: row[1:] for row in rows if row[0] in SPECS}
+
+
+def test_the_op_table_is_that_of_the_specs() -> None:
+    assert {name: row[1] for name, row in op_table().items()} == {
+        name: ", ".join(spec.backends) for name, spec in SPECS.items()
+    }
 
 
 def test_every_kernel_is_an_op() -> None:
@@ -74,7 +87,7 @@ def test_step_kernels_under_a_sanitizer(sanitizer: emulation_build.Sanitizer, tm
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on this machine")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a", "sm_120"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda file: file.stem)
 def test_compiles_without_spilling(kernel: Path, architecture: str, tmp_path: Path) -> None:
     flags = ["-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-Xptxas=-v"]
@@ -94,3 +107,7 @@ def test_compiles_without_spilling(kernel: Path, architecture: str, tmp_path: Pa
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert used
     assert all(frame == stores == loads == "0" for frame, stores, loads in used), result.stderr
+    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", result.stderr))
+    assert registers <= int(op_table()[kernel.stem][2 + ARCHITECTURES.index(architecture)]), (
+        "more than docs/ops.md says"
+    )

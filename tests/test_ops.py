@@ -13,7 +13,7 @@ from torch import Tensor
 import pygen
 from pygen import _C
 from pygen.ops import SPECS, Example, OpSpec
-from tests.error_rule import assert_error_rule
+from tests.error_rule import assert_error_rule, in_double, map_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -23,22 +23,6 @@ BY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)
 def tensors_of(value: Any) -> list[Tensor]:
     values = value if isinstance(value, list | tuple) else [value]
     return [item for item in values if isinstance(item, Tensor)]
-
-
-def map_tensors(arguments: dict[str, Any], change: Any) -> dict[str, Any]:
-    changed = {}
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            value = change(name, value)
-        elif isinstance(value, list):
-            value = [change(name, item) for item in value]
-        changed[name] = value
-    return changed
-
-
-def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
-    halves = (*DTYPES, torch.float64)
-    return map_tensors(arguments, lambda name, tensor: tensor.double() if tensor.dtype in halves else tensor)
 
 
 def outputs_of(spec: OpSpec, example: Example) -> dict[str, int]:

@@ -1,42 +1,46 @@
-"""The step ops beside their floors and their peers, in one run: python -m bench.steps
-
-Every row is checked first; a row whose check fails shows no time. The floor of a row is a copy that moves as many bytes
-at the same working set, measured in the same run.
-"""
+"""The suite `steps`: what happens between two calls of a model, beside torch's formula and diffusers' schedulers."""
 
 from __future__ import annotations
 
-import platform
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import pygen
-from bench.measure import Call, copy_call, interleaved
-from pygen import _C
+from bench import ops
+from bench.cases import Case, Work
+from bench.measure import Call
 from pygen.diffusion import SOLVERS, Stepper
+from pygen.ops import SPECS, Example
 from pygen.ops.affine_step import make_table
+from tests.diffusers_float64 import in_float64
+from tests.error_rule import Triple
 
-ROW = {"guidance": 7.5, "pred_x": 1.1, "pred_out": -0.45, "x0": 0.7, "pred0": 0.35}
+SMALL, LARGE = (2, 4, 64, 64), (8, 4, 128, 128)
+# 0.5 + 0.35 * 1.1 < 1: a state that is stepped in place stays bounded, however often.
+ROW = {"guidance": 7.5, "pred_x": 1.1, "pred_out": -0.45, "x0": 0.5, "pred0": 0.35}
 ZERO = torch.tensor(0)
+STEPS, TIMED = 20, 9  # of so many steps, the one that is timed: all history is there
+SPEC = SPECS["affine_step"]
 
 
-@dataclass
-class Line:
-    """One line of the table: named calls of one piece of work, the bytes it moves, and its results to be compared."""
-
-    name: str
-    calls: dict[str, Call]
-    bytes_moved: int
-    results: Callable[[], tuple[Tensor, Tensor]]
-    unit: int = 1
+def cases(quick: bool) -> list[Case]:
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    guided = [(SMALL, float32), (LARGE, float32), (SMALL, bfloat16)]
+    in_place = [((16, 1 << 20), float32), ((32, 1 << 20), bfloat16)]
+    solvers = [(solver, shape) for shape in (SMALL, LARGE) for solver in SOLVERS]
+    if quick:
+        guided, in_place, solvers = [(SMALL, float32)], [], [("dpmpp_2m", SMALL), ("unipc", SMALL)]
+    return [
+        *(Case("steps", f"guided step {s} {str(d)[6:]}", partial(guided_step, s, d)) for s, d in guided),
+        *(Case("steps", f"in place {s} {str(d)[6:]}", partial(guided_step, s, d, in_place=True)) for s, d in in_place),
+        Case("steps", f"{1 << 20} normals", partial(normals, 1 << 20)),
+        *(Case("steps", f"{solver} step {shape}", partial(solver_step, solver, shape)) for solver, shape in solvers),
+    ]
 
 
 def formula(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
@@ -48,158 +52,123 @@ def formula_in_place(x: Tensor, cond: Tensor, uncond: Tensor) -> None:
     x.copy_(formula(x, cond, uncond))
 
 
-def guided_step(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Line:
+def guided_step(shape: tuple[int, ...], dtype: torch.dtype, in_place: bool = False) -> Work:
     x, cond, uncond = (torch.randn(shape).to(dtype) for _ in range(3))
-    table, out = make_table([ROW]), torch.empty_like(x)
-    compiled = torch.compile(formula, fullgraph=True, dynamic=False)
-    return Line(
-        f"guided step {shape} {str(dtype)[6:]}",
-        {
-            "pygen": lambda: pygen.affine_step(x, cond, table, ZERO, uncond=uncond),
-            "pygen, out=": lambda: pygen.affine_step(x, cond, table, ZERO, uncond=uncond, out=out),
-            "eager": lambda: formula(x, cond, uncond),
-            "torch.compile": lambda: compiled(x, cond, uncond),
-        },
-        4 * x.numel() * x.element_size(),
-        lambda: (pygen.affine_step(x, cond, table, ZERO, uncond=uncond), formula(x, cond, uncond)),
-    )
+    table, out = make_table([ROW]), x if in_place else torch.empty_like(x)
+    function = formula_in_place if in_place else formula
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def results() -> list[Triple]:
+        inputs = [tensor[:2, : 1 << 16].clone() for tensor in (x, cond, uncond)]
+        same, truth = formula(*inputs), formula(*(tensor.double() for tensor in inputs))
+        into = inputs[0] if in_place else None
+        return [(pygen.affine_step(*inputs[:2], table, ZERO, uncond=inputs[2], out=into), same, truth)]
+
+    calls: dict[str, Call] = {
+        "eager": lambda: function(x, cond, uncond),
+        "torch.compile": lambda: compiled(x, cond, uncond),
+        "pygen, out=": lambda: pygen.affine_step(x, cond, table, ZERO, uncond=uncond, out=out),
+    }
+    if not in_place:
+        calls["pygen"] = lambda: pygen.affine_step(x, cond, table, ZERO, uncond=uncond)
+    example = Example("", {"x": x, "model_output": cond, "uncond": uncond, "history": [], "out": out})
+    return Work(calls, SPEC.bytes_moved(example), SPEC.flops(example), dtype, results)
 
 
-def guided_step_in_place(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Line:
-    x, cond, uncond = (torch.randn(shape).to(dtype) for _ in range(3))
-    table = make_table([ROW | {"x0": 0.99, "pred_x": 0.0, "pred0": 0.01}])  # stays bounded however often it runs
-    compiled = torch.compile(formula_in_place, fullgraph=True, dynamic=False)
-    small = torch.randn(3, 64, 64).to(dtype)
-    return Line(
-        f"in place {shape} {str(dtype)[6:]}",
-        {
-            "pygen": lambda: pygen.affine_step(x, cond, table, ZERO, uncond=uncond, out=x),
-            "eager": lambda: formula_in_place(x, cond, uncond),
-            "torch.compile": lambda: compiled(x, cond, uncond),
-        },
-        4 * x.numel() * x.element_size(),
-        lambda: (
-            pygen.affine_step(small[:1], small[1:2], make_table([ROW]), ZERO, uncond=small[2:]),
-            formula(*small.unsqueeze(1)),
-        ),
-    )
-
-
-def normals(count: int) -> Line:
+def normals(count: int) -> Work:
     out, seed = torch.empty(1, count), torch.tensor([1])
-    with pygen.backend("reference"):
-        truth = pygen.philox_normal((1, 4096), seed=seed)
-    return Line(
-        f"{count} normals",
-        {
-            "pygen": lambda: pygen.philox_normal(seed=seed, step=ZERO, out=out),
-            "eager": lambda: torch.randn(1, count, out=out),
-        },
-        out.numel() * out.element_size(),
-        lambda: (pygen.philox_normal((1, 4096), seed=seed), truth),
+    spec = SPECS["philox_normal"]
+    example = Example("", {"out": out, "seed": seed, "step": ZERO})
+    calls: dict[str, Call] = {
+        "eager": lambda: torch.randn(1, count, out=out),
+        "pygen, out=": lambda: pygen.philox_normal(seed=seed, step=ZERO, out=out),
+    }
+    return Work(
+        calls, spec.bytes_moved(example), spec.flops(example), out.dtype, lambda: ops.results(spec, example)
     )
 
 
-def solver_step(solver: str, shape: tuple[int, ...]) -> Line:
-    """The tenth of twenty steps, as diffusers' own scheduler takes it and as a Stepper does."""
-    plan = pygen.plan(solver, "scaled_linear", 20)
-    x, outputs = torch.randn(shape), [torch.randn(shape) for _ in range(20)]
-    stepper, seed = Stepper(plan, x), torch.tensor([0])
-    for i in range(9):
-        x = stepper.step(i, x, outputs[i], seed=seed)
+def solver_step(solver: str, shape: tuple[int, ...]) -> Work:
+    """One step of a run, as diffusers' own scheduler takes it and as a Stepper does."""
+    plan = pygen.plan(solver, "scaled_linear", STEPS)
+    start, outputs = torch.randn(shape), [torch.randn(shape) for _ in range(STEPS)]
+    seed = torch.tensor([0])
+
+    def ours(until: int, dtype: torch.dtype = torch.float32) -> tuple[Stepper, Tensor]:
+        x = start.to(dtype)
+        stepper = Stepper(plan, x)
+        for i in range(until):
+            x = stepper.step(i, x, outputs[i].to(dtype), seed=seed)
+        return stepper, x
+
+    def results() -> list[Triple]:
+        actual = ours(STEPS)[1]
+        if find_spec("diffusers") and not any(plan.noisy):  # whose noise is another
+            return [(actual, peer_run(solver, start, outputs), peer_run(solver, start, outputs, torch.float64))]
+        with pygen.backend("reference"):
+            return [(actual, ours(STEPS)[1], ours(STEPS, torch.float64)[1])]
+
+    stepper, x = ours(TIMED)
     out = torch.empty_like(x)
-    calls: dict[str, Call] = {"pygen": lambda: stepper.step(9, x, outputs[9], seed=seed, out=out)}
-    results = lambda: (x, x)  # noqa: E731
+    calls: dict[str, Call] = {"pygen, out=": lambda: stepper.step(TIMED, x, outputs[TIMED], seed=seed, out=out)}
     if find_spec("diffusers"):
-        scheduler = diffusers_scheduler(solver)
-        scheduler.set_timesteps(20)
-        state = torch.randn(shape)
-
-        def run(until: int) -> Tensor:
-            scheduler.set_timesteps(20)
-            y = state
-            for t, output in zip(scheduler.timesteps[:until], outputs, strict=False):
-                scheduler.scale_model_input(y, t)  # what a pipeline calls first
-                y = scheduler.step(output, t, y).prev_sample
-            return y
-
-        def ours(until: int) -> Tensor:
-            y, fresh = state, Stepper(plan, state)
-            for i in range(until):
-                y = fresh.step(i, y, outputs[i], seed=seed)
-            return y
-
-        if not any(plan.noisy) and solver != "euler":  # theirs draws other noise, or holds the sample in other units
-            results = lambda: (ours(20), run(20))  # noqa: E731
-        run(9)
-        t = scheduler.timesteps[9]
+        scheduler = peer_at(solver, start, outputs)
+        t = scheduler.timesteps[TIMED]
 
         def theirs() -> None:
             if hasattr(scheduler, "_step_index"):
-                scheduler._step_index = 9  # the same step again
-            scheduler.step(outputs[9], t, x)
+                scheduler._step_index = TIMED  # the same step again
+            scheduler.scale_model_input(x, t)  # what a pipeline calls first
+            scheduler.step(outputs[TIMED], t, x)
 
         calls["diffusers"] = theirs
-    moved = 3 + plan.history + 2 * plan.carries
-    return Line(f"{solver} step {shape}", calls, moved * x.numel() * 4, results)
+    arguments = {"x": x, "model_output": x, "out": out, "history": [*stepper.predictions]}
+    if stepper.predictions:
+        arguments["pred"] = x
+    if stepper.carried is not None:
+        arguments["history"].append(stepper.carried)
+        arguments["second"] = x
+    example = Example("", arguments)
+    return Work(calls, SPEC.bytes_moved(example), SPEC.flops(example), torch.float32, results)
 
 
-def diffusers_scheduler(solver: str) -> Any:
+def scheduler_of(solver: str) -> tuple[type, dict[str, Any]]:
     import diffusers
 
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
-    make: dict[str, Callable[[], Any]] = {
-        "ddpm": lambda: diffusers.DDPMScheduler(**betas, clip_sample=False),
-        "ddim": lambda: diffusers.DDIMScheduler(**betas, clip_sample=False),
-        "euler": lambda: diffusers.EulerDiscreteScheduler(**betas),
-        "dpmpp_2m": lambda: diffusers.DPMSolverMultistepScheduler(**betas),
-        "unipc": lambda: diffusers.UniPCMultistepScheduler(**betas),
+    classes: dict[str, tuple[type, dict[str, Any]]] = {
+        "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
+        "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
+        "euler": (diffusers.EulerDiscreteScheduler, {}),
+        "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+        "unipc": (diffusers.UniPCMultistepScheduler, {}),
     }
-    return make[solver]()
+    kind, options = classes[solver]
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
+    return kind, betas | options
 
 
-def main() -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.manual_seed(0)
-    torch.set_grad_enabled(False)
-    small, large = (2, 4, 64, 64), (8, 4, 128, 128)
-    lines = [
-        guided_step(small),
-        guided_step(large),
-        guided_step(small, torch.bfloat16),
-        guided_step_in_place((16, 1 << 20)),
-        guided_step_in_place((32, 1 << 20), torch.bfloat16),
-        normals(1 << 20),
-        *(solver_step(solver, shape) for shape in (small, large) for solver in SOLVERS),
-    ]
-    columns = ("pygen", "pygen, out=", "eager", "torch.compile", "diffusers", "copy")
-    table = Table(title="microseconds, medians, warm, calls interleaved", title_justify="left")
-    table.add_column("work")
-    for column in columns:
-        table.add_column(column, justify="right")
-    table.add_column("share of copy", justify="right")
-    table.add_column("beside the best peer", justify="right")
-    for line in lines:
-        ours, theirs = line.results()
-        scale = theirs.abs().max().item()
-        if not torch.allclose(ours.float(), theirs.float(), rtol=0, atol=scale * 64 * torch.finfo(ours.dtype).eps):
-            table.add_row(line.name, "[red]results differ", *[""] * (len(columns) + 1))
-            continue
-        times = interleaved(line.calls | {"copy": copy_call(line.bytes_moved)})
-        best = min(time for name, time in times.items() if name.startswith("pygen"))
-        peers = [times[name] for name in ("eager", "torch.compile", "diffusers") if name in times]
-        table.add_row(
-            line.name,
-            *(f"{times[column] * 1e6:.1f}" if column in times else "" for column in columns),
-            f"{times['copy'] / best:.2f}",
-            f"{min(peers) / best:.1f}x" if peers else "",
-        )
-    console = Console(width=150)
-    console.print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_C.isa()}, python {platform.python_version()}"
-    )
-    console.print(table)
+def peer_run(solver: str, start: Tensor, outputs: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The sample that diffusers ends with, over the same outputs of the model."""
+    kind, _ = scheduler_of(solver)
+    with in_float64(kind) if dtype is torch.float64 else nullcontext():
+        return walk(solver, start, outputs, STEPS, dtype)[1]
 
 
-if __name__ == "__main__":
-    main()
+def peer_at(solver: str, start: Tensor, outputs: list[Tensor]) -> Any:
+    """A scheduler that has come to the step that is timed."""
+    return walk(solver, start, outputs, TIMED)[0]
+
+
+def walk(
+    solver: str, start: Tensor, outputs: list[Tensor], until: int, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Tensor]:
+    kind, options = scheduler_of(solver)
+    scheduler = kind(**options)
+    scheduler.set_timesteps(STEPS)
+    x = start.to(dtype)
+    if solver == "euler":  # it holds x / alpha; at the end alpha is 1
+        x = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
+    for t, output in zip(scheduler.timesteps[:until], outputs, strict=False):
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step(output.to(dtype), t, x).prev_sample
+    return scheduler, x

@@ -288,7 +288,7 @@ def test_doctor_lists_every_op(capsys):
     assert facts["pygen"].strip() == pygen.__version__
     assert pygen._C.isa() in facts["CPU instructions"]
     for name, spec in SPECS.items():
-        said = {backend: "yes" for backend in spec.backends}
+        said = dict.fromkeys(spec.backends, "yes")
         if "cuda" in said and not pygen._C.CUDA_BUILT:
             said["cuda"] = "not built"
         assert re.split(r"\s{2,}", facts[name].strip()) == [said.get(backend, "-") for backend in BACKENDS]

@@ -13,7 +13,7 @@ from torch import Tensor
 import pygen
 from pygen import _C
 from pygen.ops import SPECS, Example, OpSpec
-from tests.error_rule import assert_error_rule, in_double, map_tensors
+from tests.error_rule import assert_error_rule, in_double
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

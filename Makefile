@@ -12,7 +12,7 @@ CXX_FILES := $(filter %.h %.cpp %.cu,$(NATIVE) $(wildcard bench/*.cu examples/cp
 help:
 	@echo "make demo    draw digits with every solver, and time the steps"
 	@echo "make test    lint, then all tests"
-	@echo "make bench   time the step ops beside their floors and their peers"
+	@echo "make bench   time steps and ops beside their floors and their peers"
 	@echo "make gpu     on a machine with an NVIDIA GPU: every spec, the sanitizers, times; needs no network with PYTHON=..."
 	@echo "make format  put the sources into the style that make lint checks"
 	@echo "make wheel   build a wheel into dist/"
@@ -56,7 +56,7 @@ test: build lint
 	$(PY) -m pytest
 
 bench: build
-	$(PY) -m bench.steps
+	$(PY) -m pygen bench
 
 gpu: export PYGEN_CUDA_ARCHITECTURES ?= native
 gpu: build

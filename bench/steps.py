@@ -104,15 +104,17 @@ def solver_step(solver: str, shape: tuple[int, ...]) -> Work:
     def results() -> list[Triple]:
         actual = ours(STEPS)[1]
         if find_spec("diffusers") and not any(plan.noisy):  # whose noise is another
-            return [(actual, peer_run(solver, start, outputs), peer_run(solver, start, outputs, torch.float64))]
-        with pygen.backend("reference"):
-            return [(actual, ours(STEPS)[1], ours(STEPS, torch.float64)[1])]
+            same, truth = (diffusers_walk(solver, start, outputs, STEPS, d)[1] for d in (torch.float32, torch.float64))
+        else:
+            with pygen.backend("reference"):
+                same, truth = ours(STEPS)[1], ours(STEPS, torch.float64)[1]
+        return [(actual, same, truth)]
 
     stepper, x = ours(TIMED)
     out = torch.empty_like(x)
     calls: dict[str, Call] = {"pygen, out=": lambda: stepper.step(TIMED, x, outputs[TIMED], seed=seed, out=out)}
     if find_spec("diffusers"):
-        scheduler = peer_at(solver, start, outputs)
+        scheduler, _ = diffusers_walk(solver, start, outputs, TIMED)
         t = scheduler.timesteps[TIMED]
 
         def theirs() -> None:
@@ -147,28 +149,18 @@ def scheduler_of(solver: str) -> tuple[type, dict[str, Any]]:
     return kind, betas | options
 
 
-def peer_run(solver: str, start: Tensor, outputs: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The sample that diffusers ends with, over the same outputs of the model."""
-    kind, _ = scheduler_of(solver)
-    with in_float64(kind) if dtype is torch.float64 else nullcontext():
-        return walk(solver, start, outputs, STEPS, dtype)[1]
-
-
-def peer_at(solver: str, start: Tensor, outputs: list[Tensor]) -> Any:
-    """A scheduler that has come to the step that is timed."""
-    return walk(solver, start, outputs, TIMED)[0]
-
-
-def walk(
+def diffusers_walk(
     solver: str, start: Tensor, outputs: list[Tensor], until: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Tensor]:
+    """The scheduler and the sample after so many steps, over the same outputs of the model."""
     kind, options = scheduler_of(solver)
-    scheduler = kind(**options)
-    scheduler.set_timesteps(STEPS)
-    x = start.to(dtype)
-    if solver == "euler":  # it holds x / alpha; at the end alpha is 1
-        x = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
-    for t, output in zip(scheduler.timesteps[:until], outputs, strict=False):
-        scheduler.scale_model_input(x, t)
-        x = scheduler.step(output.to(dtype), t, x).prev_sample
+    with in_float64(kind) if dtype is torch.float64 else nullcontext():
+        scheduler = kind(**options)
+        scheduler.set_timesteps(STEPS)
+        x = start.to(dtype)
+        if solver == "euler":  # it holds x / alpha; at the end alpha is 1
+            x = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
+        for t, output in zip(scheduler.timesteps[:until], outputs, strict=False):
+            scheduler.scale_model_input(x, t)
+            x = scheduler.step(output.to(dtype), t, x).prev_sample
     return scheduler, x

@@ -266,6 +266,22 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     yield example("12 history terms", many, 2, 77, second=torch.full((2, 77), math.nan, dtype=dtype))
 
 
+def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
+    """A guided step with one previous prediction, as DPM++ 2M's; and one that draws its noise, as an SDE solver's."""
+    row = {"guidance": 7.5, "pred_x": 1.1, "pred_out": -0.45, "x0": 0.7, "pred0": 0.35, "h0_0": -0.15}
+    sizes = {"latents": (2, 4, 64, 64), "large latents": (8, 4, 128, 128), "past the caches": (24, 4, 256, 256)}
+    for name, size in sizes.items():
+        x, cond, uncond, previous = (torch.randn(size).to(dtype) for _ in range(4))
+        arguments = {
+            "x": x, "model_output": cond, "uncond": uncond, "history": [previous], "rows": torch.tensor(0),
+            "out": torch.empty_like(x), "pred": torch.empty_like(x),
+        }  # fmt: skip
+        yield Example(name, arguments | {"table": make_table([row], 1)})
+        if name == "latents":
+            noisy = make_table([row | {"noise0": 0.3}], 1)
+            yield Example(f"{name} with noise", arguments | {"table": noisy, "seed": torch.tensor([42])})
+
+
 def _bytes_moved(example: Example) -> int:
     a = example.arguments
     elementwise = ("x", "model_output", "uncond", "noise", "noise_scale", "mask", "out", "pred", "second")
@@ -282,4 +298,5 @@ AFFINE_STEP = OpSpec(
     examples=_examples,
     bytes_moved=_bytes_moved,
     flops=lambda example: 2 * example.arguments["x"].numel() * (4 + 2 * len(example.arguments["history"])),
+    benchmarks=_benchmarks,
 )

@@ -140,6 +140,12 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     )
 
 
+def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
+    for name, size in {"latents": (2, 4, 64, 64), "a million": (16, 4, 128, 128)}.items():
+        out = torch.empty(size, dtype=dtype)
+        yield Example(name, {"out": out, "seed": torch.tensor([42]), "step": torch.tensor([3])})
+
+
 PHILOX_NORMAL = OpSpec(
     name="philox_normal",
     function=philox_normal,
@@ -152,4 +158,5 @@ PHILOX_NORMAL = OpSpec(
     examples=_examples,
     bytes_moved=lambda example: tensor_bytes(example.arguments["out"]),
     flops=lambda example: 0,
+    benchmarks=_benchmarks,
 )

@@ -30,6 +30,7 @@ class OpSpec:
     operator: the entry under torch.ops; its arguments have the names of the function's.
     examples: for a dtype, the cases that every test of correctness runs.
     bytes_moved, flops: of an example, for the floors that benchmarks print.
+    benchmarks: for a dtype, the sizes worth timing, by name; the first is small.
     """
 
     name: str
@@ -41,6 +42,7 @@ class OpSpec:
     examples: Callable[[torch.dtype], Iterator[Example]]
     bytes_moved: Callable[[Example], int]
     flops: Callable[[Example], int]
+    benchmarks: Callable[[torch.dtype], Iterator[Example]]
 
     def __post_init__(self) -> None:
         SPECS[self.name] = self

@@ -22,7 +22,9 @@ ifeq ($(PYTHON),)
 	python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 else
-	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -c "import site; print(*site.getsitepackages(), sep='\n')" > \
+	  "$$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
 endif
 	touch $@
 

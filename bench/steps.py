@@ -59,10 +59,9 @@ def guided_step(shape: tuple[int, ...], dtype: torch.dtype, in_place: bool = Fal
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
     def results() -> list[Triple]:
-        inputs = [tensor[:2, : 1 << 16].clone() for tensor in (x, cond, uncond)]
-        same, truth = formula(*inputs), formula(*(tensor.double() for tensor in inputs))
-        into = inputs[0] if in_place else None
-        return [(pygen.affine_step(*inputs[:2], table, ZERO, uncond=inputs[2], out=into), same, truth)]
+        a, b, c = (tensor[:2, : 1 << 16].clone() for tensor in (x, cond, uncond))
+        same, truth = formula(a, b, c), formula(a.double(), b.double(), c.double())
+        return [(pygen.affine_step(a, b, table, ZERO, uncond=c, out=a if in_place else None), same, truth)]
 
     calls: dict[str, Call] = {
         "eager": lambda: function(x, cond, uncond),
@@ -83,9 +82,7 @@ def normals(count: int) -> Work:
         "eager": lambda: torch.randn(1, count, out=out),
         "pygen, out=": lambda: pygen.philox_normal(seed=seed, step=ZERO, out=out),
     }
-    return Work(
-        calls, spec.bytes_moved(example), spec.flops(example), out.dtype, lambda: ops.results(spec, example)
-    )
+    return Work(calls, spec.bytes_moved(example), spec.flops(example), out.dtype, lambda: ops.results(spec, example))
 
 
 def solver_step(solver: str, shape: tuple[int, ...]) -> Work:
@@ -124,13 +121,10 @@ def solver_step(solver: str, shape: tuple[int, ...]) -> Work:
             scheduler.step(outputs[TIMED], t, x)
 
         calls["diffusers"] = theirs
-    arguments = {"x": x, "model_output": x, "out": out, "history": [*stepper.predictions]}
-    if stepper.predictions:
-        arguments["pred"] = x
-    if stepper.carried is not None:
-        arguments["history"].append(stepper.carried)
-        arguments["second"] = x
-    example = Example("", arguments)
+    carried = [] if stepper.carried is None else [stepper.carried]
+    read = {"x": x, "model_output": x, "history": [*stepper.predictions, *carried]}
+    written = {"out": out, "pred": x if stepper.predictions else None, "second": stepper.carried}
+    example = Example("", read | written)
     return Work(calls, SPEC.bytes_moved(example), SPEC.flops(example), torch.float32, results)
 
 

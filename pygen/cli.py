@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
@@ -111,22 +112,22 @@ class Output(click.Path):
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[IO[bytes]]:
+def _writing(out: Path, option: str = "--out") -> Iterator[IO[bytes]]:
     """``replacing``, with what the disk refuses told as an error of the option."""
     try:
         with replacing(out) as stream:
             yield stream
     except OSError as error:
         raise click.BadParameter(
-            f"cannot write {str(out)!r}: {error.strerror or error}", param_hint="'--out'"
+            f"cannot write {str(out)!r}: {error.strerror or error}", param_hint=f"'{option}'"
         ) from None
 
 
-def _need(module: str, package: str) -> None:
+def _need(module: str, package: str, extra: str = "demo") -> None:
     try:
         import_module(module)
     except ModuleNotFoundError:
-        raise click.ClickException(f"{package} is not installed: pip install 'pygen-kernels[demo]'") from None
+        raise click.ClickException(f"{package} is not installed: pip install 'pygen-kernels[{extra}]'") from None
 
 
 @cli.command()
@@ -150,6 +151,47 @@ def demo(out: Path, seed: int) -> None:
         picture, _ = run(DIGITS, seed)
         picture.save(stream, "PNG")
     click.echo(f"pictures in {out}")
+
+
+@cli.command()
+@click.argument("suites", nargs=-1, metavar="[steps|ops]...")
+@click.option("--quick", is_flag=True, help="Few small cases in a few seconds, nothing compiled.")
+@click.option("--json", "json_out", type=Output(".json"), help="Where all medians and quartiles go.")
+@click.option("--compare", type=click.Path(path_type=Path), metavar="OLD", help="What --json wrote at another time.")
+@click.option("--fail-slower", type=Finite(), metavar="RATIO", help="Exit with 1 where a case takes RATIO x OLD.")
+@click.option("--plot", type=Output(".png"), help="Where a roofline goes.")
+def bench(
+    suites: tuple[str, ...],
+    quick: bool,
+    json_out: Path | None,
+    compare: Path | None,
+    fail_slower: float | None,
+    plot: Path | None,
+) -> int:
+    """Time the suites (all if none is named) beside their peers and floors, each case once it is proved right."""
+    checkout = Path(pygen.__file__).resolve().parent.parent
+    if not (checkout / "bench" / "run.py").is_file():
+        raise click.ClickException("bench needs the source checkout, of which this is an installed part: git clone it")
+    if fail_slower is not None and compare is None:
+        raise click.UsageError("--fail-slower needs --compare")
+    if plot is not None:
+        _need("matplotlib", "matplotlib", "bench")
+    sys.path.insert(0, str(checkout))
+    run = import_module("bench.run")
+    for suite in suites:
+        if suite not in run.SUITES:
+            raise click.BadParameter(f"{suite!r} is not one of {', '.join(run.SUITES)}", param_hint="'SUITE'")
+    try:
+        old = None if compare is None else run.read_old(compare)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--compare'") from None
+    with ExitStack() as files:
+        streams = [
+            None if path is None else files.enter_context(_writing(path, option))
+            for path, option in ((json_out, "--json"), (plot, "--plot"))
+        ]
+        code: int = run.main(suites or run.SUITES, quick, old, fail_slower, *streams)
+    return code
 
 
 @cli.command()

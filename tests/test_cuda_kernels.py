@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from pygen.ops import SPECS, OpSpec
 from tests import emulation_build
@@ -111,3 +112,17 @@ def test_compiles_without_spilling(kernel: Path, architecture: str, tmp_path: Pa
     assert registers <= int(op_table()[kernel.stem][2 + ARCHITECTURES.index(architecture)]), (
         "more than docs/ops.md says"
     )
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on this machine")
+@pytest.mark.parametrize("glue", sorted((ROOT / "csrc").glob("[!m]*.cpp")), ids=lambda file: file.stem)
+def test_cuda_glue_is_well_formed(glue: Path, tmp_path: Path) -> None:
+    """csrc as it is compiled where torch has CUDA: torch's CPU wheel has the headers, but for one that CMake writes."""
+    macros = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    macros.parent.mkdir(parents=True)
+    macros.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    headers = [tmp_path, ROOT / "kernels" / "include", *cpp_extension.include_paths()]
+    command = ["nvcc", "-std=c++20", "-DPYGEN_CUDA", "-Xcompiler=-fsyntax-only", *(f"-I{path}" for path in headers)]
+    command += ["-c", glue, "-o", tmp_path / "o"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]

@@ -1,0 +1,60 @@
+"""What is timed: cases, each with its columns, the bytes and flops of its floor, and results to be checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from bench.measure import Call
+from tests.error_rule import Triple, assert_error_rule
+
+# In the table's order. "reference" is the float64 truth, "pygen..." are ours, all others are peers.
+COLUMNS = ("reference", "eager", "torch.compile", "diffusers", "pygen", "pygen, out=")
+
+
+@dataclass
+class Work:
+    """A piece of work, by column, with its tensors in place; ``results`` are what the error rule is asked about."""
+
+    calls: dict[str, Call]
+    bytes_moved: int
+    flops: int
+    dtype: torch.dtype
+    results: Callable[[], Iterable[Triple]]
+
+    def red(self) -> str | None:
+        """Why no time may be shown, or None."""
+        try:
+            assert_error_rule(self.results())
+        except Exception as error:  # a kernel that raises is as red as one that is wrong
+            return " ".join(str(error).split()) or type(error).__name__
+        return None
+
+    def compiles(self) -> bool:
+        """Whether there is a torch.compile column; compiles it. A reference with a graph break is not a peer."""
+        if "torch.compile" not in self.calls:
+            return False
+        try:
+            self.calls["torch.compile"]()
+        except torch._dynamo.exc.TorchDynamoException:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Case:
+    """A line of a suite's table; its tensors are made when its turn comes."""
+
+    suite: str
+    name: str
+    make: Callable[[], Work]
+
+    def prepare(self) -> Work:
+        torch._dynamo.reset()  # one formula at many sizes would run into the limit of recompilations
+        torch.manual_seed(0)
+        return self.make()
+
+    def __str__(self) -> str:
+        return f"{self.suite}: {self.name}"

@@ -1,0 +1,187 @@
+"""`pygen bench`: what it writes, what it refuses, and that what should be fast is: by ratios within one quick run."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pygen
+from bench import run
+from bench.cases import Case, Work
+from bench.measure import LEAST_ROUNDS, interleaved
+from pygen.cli import main
+from pygen.ops import SPECS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine, threads that wait for each other cost more than a small step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A quick run of everything: bench.json, and bench.png where there is matplotlib."""
+    folder = tmp_path_factory.mktemp("bench")
+    plot = ["--plot", str(folder / "bench.png")] if find_spec("matplotlib") else []
+    assert main(["bench", "--quick", "--json", str(folder / "bench.json"), *plot]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cases(folder) -> dict[str, Any]:
+    return {case["name"]: case for case in json.loads((folder / "bench.json").read_text())["cases"]}
+
+
+def best(case: dict[str, Any], *, ours: bool) -> float:
+    return min(
+        t["median"] for c, t in case["times"].items() if c not in ("reference", "copy") and ("pygen" in c) == ours
+    )
+
+
+def test_the_file_is_whole(folder, cases):
+    report = json.loads((folder / "bench.json").read_text())
+    assert report["pygen"] == pygen.__version__
+    assert report["quick"] is True
+    assert {"date", "machine", "isa", "threads", "torch", "python"} <= report.keys()
+    assert {case["suite"] for case in cases.values()} == set(run.SUITES)
+    for case in cases.values():
+        assert case["red"] is None
+        assert case["bytes_moved"] > 0
+        assert case["floor"] >= case["times"]["copy"]["median"] > 0
+        for spread in case["times"].values():
+            assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+
+
+def test_every_op_is_timed(cases):
+    for name in SPECS:
+        assert any(case.startswith(f"{name}, ") for case in cases)
+
+
+def test_the_roofline_is_a_picture(folder):
+    pytest.importorskip("matplotlib")
+    Image = pytest.importorskip("PIL.Image")
+    with Image.open(folder / "bench.png") as picture:
+        assert min(picture.size) > 500
+
+
+def test_steps_beat_their_peers(cases):
+    guided = cases["guided step (2, 4, 64, 64) float32"]
+    assert best(guided, ours=True) <= best(guided, ours=False)
+    if find_spec("diffusers"):
+        unipc = cases["unipc step (2, 4, 64, 64)"]
+        assert 5 * best(unipc, ours=True) <= best(unipc, ours=False)
+
+
+def case_of(results: Any, calls: dict[str, Any]) -> Case:
+    return Case("steps", "a case", lambda: Work(calls, 64, 0, torch.float32, results))
+
+
+def right() -> list[Any]:
+    return [(torch.ones(1), torch.ones(1), torch.ones(1))]
+
+
+def wrong() -> list[Any]:
+    return [(torch.ones(1) + 0.1, torch.ones(1), torch.ones(1))]
+
+
+def raises() -> list[Any]:
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize(("results", "reason"), [(wrong, "error 0.1 exceeds"), (raises, "no such kernel")])
+def test_a_red_case_shows_no_time(tmp_path, capsys, monkeypatch, results, reason):
+    def call() -> None:
+        pytest.fail("a red case was timed")
+
+    monkeypatch.setitem(run.SUITES, "steps", lambda quick: [case_of(results, {"pygen": call, "torch.compile": call})])
+    assert main(["bench", "steps", "--json", str(tmp_path / "x.json")]) == 1
+    assert reason in capsys.readouterr().out
+    (case,) = json.loads((tmp_path / "x.json").read_text())["cases"]
+    assert reason in case["red"]
+    assert case["times"] == {}
+
+
+def test_a_reference_that_breaks_the_graph_has_no_compiled_column(monkeypatch):
+    torch._dynamo.reset()
+    broken = torch.compile(lambda x: x + 1 if bool(x.sum() > 0) else x, fullgraph=True)
+    calls = {"pygen": lambda: None, "torch.compile": lambda: broken(torch.ones(3))}
+    (result,) = run.measure([case_of(right, calls)], quick=False)
+    assert set(result.times) == {"pygen", "copy"}
+
+
+def test_compare(tmp_path, capsys, monkeypatch):
+    tick = torch.ones(64)
+    monkeypatch.setitem(run.SUITES, "steps", lambda quick: [case_of(right, {"pygen": tick.clone, "eager": tick.exp})])
+    file = tmp_path / "old.json"
+    command = ["bench", "steps", "--quick", "--compare", str(file), "--fail-slower", "3"]
+    assert main(["bench", "steps", "--quick", "--json", str(file)]) == 0
+    assert main(command) == 0
+    assert "old / new" in capsys.readouterr().out
+
+    report = json.loads(file.read_text())
+    report["cases"][0]["times"]["pygen"]["median"] /= 100
+    file.write_text(json.dumps(report))
+    assert main(command) == 1
+    assert "times the old time" in capsys.readouterr().out
+    assert main(command[:-2]) == 0
+
+    report["cases"][0] |= {"red": "it was wrong", "times": {}}
+    file.write_text(json.dumps(report))
+    assert main(command) == 0
+
+
+BAD_OLD = {"list": "[]", "empty": "", "no cases": "{}", "no medians": '{"cases": [{"suite": "a", "name": "b"}]}'}
+
+
+@pytest.mark.parametrize("text", BAD_OLD.values(), ids=BAD_OLD)
+def test_a_file_that_cannot_be_compared(tmp_path, capsys, text):
+    (tmp_path / "old.json").write_text(text)
+    refused(capsys, ["--compare", str(tmp_path / "old.json")], "--compare", "old.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["steps", "dance"], ["dance", "steps, ops"]),
+        (["--compare", "nowhere.json"], ["--compare", "nowhere.json", "No such file"]),
+        (["--fail-slower", "1.5"], ["--compare"]),
+        (["--fail-slower", "nan", "--compare", "x"], ["--fail-slower"]),
+        (["--json", "x.txt"], ["--json", ".json"]),
+        (["--plot", "/nowhere/x.png"], ["--plot", "nowhere"]),
+        (["--json", "/proc/x.json"], ["--json", "/proc/x.json"]),
+    ],
+)
+def test_bad_input(capsys, options, words):
+    refused(capsys, options, *words)
+
+
+def test_outside_a_checkout(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pygen, "__file__", str(tmp_path / "pygen" / "__init__.py"))
+    refused(capsys, [], "source checkout")
+
+
+def refused(capsys, options: list[str], *words: str) -> None:
+    assert main(["bench", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("pygen: error: ")
+    assert captured.err.count("\n") == 1
+    for word in words:
+        assert word in captured.err
+
+
+def test_calls_take_turns():
+    order: list[str] = []
+    times = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, seconds=0.0)
+    assert set(times) == {"a", "b"}
+    rounds = [name for i, name in enumerate(order) if i == 0 or name != order[i - 1]]
+    assert rounds == ["a", "b"] * (1 + LEAST_ROUNDS)

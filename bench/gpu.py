@@ -14,21 +14,21 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import pygen
+from bench.measure import Call, copy_call, interleaved
+from bench.steps import ROW, formula
 from pygen import _C
 from pygen.files import replacing
 from pygen.ops.affine_step import make_table
+from tests.error_rule import assert_error_rule
 
 ROOT = Path(__file__).resolve().parent.parent
-ROW = {"guidance": 7.5, "pred_x": 1.1, "pred_out": -0.45, "x0": 0.7, "pred0": 0.35}
 
 
 def output_of(*command: object, timeout: float = 200.0) -> tuple[int, str]:
@@ -85,12 +85,7 @@ def sanitizers() -> dict[str, Any]:
     return results
 
 
-def formula(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
-    pred = ROW["pred_x"] * x + ROW["pred_out"] * (uncond + ROW["guidance"] * (cond - uncond))
-    return ROW["x0"] * x + ROW["pred0"] * pred
-
-
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
+def graphed(call: Call) -> Call:
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -98,26 +93,10 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def times_of(calls: dict[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, Any]:
-    """Microseconds by CUDA events, the L2 cache flushed before each call, the calls taking turns."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    events = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(5):
-            call()
-    torch.cuda.synchronize()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for name, call in calls.items():
-            flush.zero_()
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            pair[0].record()
-            call()
-            pair[1].record()
-            events[name].append(pair)
-        torch.cuda.synchronize()
-    micros = {name: [begin.elapsed_time(end) * 1e3 for begin, end in pairs] for name, pairs in events.items()}
-    return {name: {"median": median(us), "quartiles": quantiles(us, n=4)} for name, us in micros.items()}
+def times_of(calls: dict[str, Call]) -> dict[str, Any]:
+    """Microseconds: medians between their quartiles, the L2 cache flushed before each call, the calls taking turns."""
+    spreads = interleaved(calls, device=torch.device("cuda"))
+    return {name: {key: 1e6 * seconds for key, seconds in asdict(s).items()} for name, s in spreads.items()}
 
 
 def steps() -> dict[str, Any]:
@@ -128,19 +107,18 @@ def steps() -> dict[str, Any]:
             x, cond, uncond = (torch.randn(shape, device="cuda").to(dtype) for _ in range(3))
             table, row, out = make_table([ROW]).cuda(), torch.tensor(0, device="cuda"), torch.empty_like(x)
             compiled = torch.compile(formula, fullgraph=True, dynamic=False)
-            calls: dict[str, Callable[[], object]] = {
+            calls: dict[str, Call] = {
                 "pygen": lambda: pygen.affine_step(x, cond, table, row, uncond=uncond, out=out),  # noqa: B023
                 "eager": lambda: formula(x, cond, uncond),  # noqa: B023
                 "torch.compile": lambda: compiled(x, cond, uncond),  # noqa: B023
             }
             moved = 4 * x.numel() * x.element_size()
-            source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
-            target = torch.empty_like(source)
-            if not torch.allclose(calls["pygen"](), calls["eager"](), rtol=0, atol=0.1):  # type: ignore[arg-type]
-                raise RuntimeError(f"results differ at {shape}, {dtype}")
+            same, truth = formula(x, cond, uncond), formula(x.double(), cond.double(), uncond.double())
+            calls["pygen"]()
+            assert_error_rule([(out, same, truth)], f"{shape}, {dtype}")
             if x.numel() < 1 << 20:
                 calls |= {f"{name}, graph": graphed(call) for name, call in calls.items()}
-            calls["copy"] = lambda: target.copy_(source)  # noqa: B023
+            calls["copy"] = copy_call(moved, torch.device("cuda"))
             times = times_of(calls)
             share = times["copy"]["median"] / times["pygen"]["median"]
             results[f"guided step {shape} {str(dtype)[6:]}"] = {"us": times, "bytes": moved, "share_of_copy": share}

@@ -158,3 +158,9 @@ def diffusers_walk(
             scheduler.scale_model_input(x, t)
             x = scheduler.step(output.to(dtype), t, x).prev_sample
     return scheduler, x
+
+
+if __name__ == "__main__":  # python -m bench.steps: this suite alone
+    from bench.run import main
+
+    raise SystemExit(main(["steps"]))

@@ -29,6 +29,7 @@ from pygen.ops.affine_step import make_table
 from tests.error_rule import assert_error_rule
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 def output_of(*command: object, timeout: float = 200.0) -> tuple[int, str]:
@@ -147,9 +148,8 @@ def main() -> int:
         print(f"{name}: {'failed' if name in failed else 'ok'} in {seconds} s", flush=True)
         commit = output_of("git", "rev-parse", "--short", "HEAD")[1].strip() or "unknown"
         device = re.sub(r"\W+", "-", str(report["machine"].get("device", "no-gpu"))).strip("-").lower()
-        results = ROOT / "bench" / "results"
-        results.mkdir(exist_ok=True)
-        out = results / f"{device}-{commit}.json"
+        RESULTS.mkdir(exist_ok=True)
+        out = RESULTS / f"{device}-{commit}.json"
         with replacing(out) as stream:
             stream.write((json.dumps(report, indent=2, default=str) + "\n").encode())
     print(f"{out}" + (f"; failed: {', '.join(failed)}" if failed else ""))

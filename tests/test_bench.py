@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import pygen
-from bench import run
+from bench import gpu, run
 from bench.cases import Case, Work
 from bench.measure import LEAST_ROUNDS, interleaved
 from pygen.cli import main
@@ -185,3 +187,24 @@ def test_calls_take_turns():
     assert set(times) == {"a", "b"}
     rounds = [name for i, name in enumerate(order) if i == 0 or name != order[i - 1]]
     assert rounds == ["a", "b"] * (1 + LEAST_ROUNDS)
+
+
+def test_a_stage_of_make_gpu_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    stages = {"machine": lambda: {"device": "A GPU (80 GB)"}, "specs": fails, "steps": lambda: {"us": 1.0}}
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    assert gpu.main() == 1
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("a-gpu-80-gb-")
+    report = json.loads(file.read_text())
+    assert report["specs"]["error"] == "RuntimeError: no GPU"
+    assert report["steps"]["us"] == 1.0
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on this machine")
+def test_the_bugs_planted_for_the_sanitizers_compile(tmp_path):
+    command = ["nvcc", "-arch=sm_90", "bench/planted_bugs.cu", "-o", str(tmp_path / "planted")]
+    subprocess.run(command, check=True, cwd=gpu.ROOT)

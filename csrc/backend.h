@@ -62,3 +62,12 @@ struct Gpu {
   PYGEN_DEFINE(pygen, name schema)             \
   PYGEN_IMPLEMENT(pygen, CPU, name, implementation<Cpu>)
 #endif
+
+// The same for an op without CUDA C++, which the emulation leaves out: its kernel for CUDA, if any, is Triton's.
+#if defined(PYGEN_EMULATION)
+#define PYGEN_CPU_OP(name, implementation, schema)
+#else
+#define PYGEN_CPU_OP(name, implementation, schema) \
+  PYGEN_DEFINE(pygen, name schema)                 \
+  PYGEN_IMPLEMENT(pygen, CPU, name, implementation)
+#endif

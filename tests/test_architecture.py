@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles"
 # Each room may import those before it, and itself.
-ROOMS = ["pygen._C", "pygen.files", "pygen.ops", "pygen.diffusion", "pygen.models"]
+ROOMS = ["pygen._C", "pygen.kernels", "pygen.files", "pygen.ops", "pygen.diffusion", "pygen.models"]
 
 
 def room_of(module: str) -> int:
@@ -43,6 +43,13 @@ def test_a_solver_knows_nothing_of_tensors() -> None:
         assert "torch" not in file.read_text(), f"{file.name} is coefficients only"
 
 
+def test_triton_kernels_know_only_triton_and_wait_to_be_asked() -> None:
+    for file in (ROOT / "kernels" / "triton").glob("*.py"):
+        assert not re.search(r"^\s*(import|from) (torch|pygen)", file.read_text(), re.MULTILINE), file
+    script = "import sys, pygen; assert 'triton' not in sys.modules and 'pygen.kernels.triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def includes_of(file: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^">]+)', file.read_text(), re.MULTILINE)
 
@@ -61,7 +68,7 @@ def test_kernels_know_no_torch_and_headers_no_sources() -> None:
 def test_objects_export_only_their_own_strong_symbols(isa: str) -> None:
     """A weak symbol could be chosen by the linker for another instruction set; static data could be shared."""
     objects = sorted((OBJECTS / f"pygen_cpu_{isa}.dir").rglob("*.o"))
-    assert {file.stem.removesuffix(".cpp") for file in objects} >= {"affine_step", "philox_normal"}
+    assert {file.stem.removesuffix(".cpp") for file in objects} >= {"affine_step", "group_norm_silu", "philox_normal"}
     for file in objects:
         listing = subprocess.run(["nm", "--demangle", file], capture_output=True, text=True, check=True).stdout
         for kind, name in re.findall(r"^[0-9a-f]+ (\w) (.+)$", listing, re.MULTILINE):
@@ -97,7 +104,8 @@ def test_fused_multiply_add_is_never_made_by_contraction() -> None:
 def run_from_empty_folder(folder: Path, path: Path | None) -> str:
     folder.mkdir()
     script = (
-        "import pygen, pygen.kernels as k; print(pygen.__file__); assert (k.include_dir() / 'pygen/simd.h').is_file()"
+        "import pygen, pygen.kernels as k, pygen.kernels.triton; print(pygen.__file__); "
+        "assert (k.include_dir() / 'pygen/simd.h').is_file()"
     )
     environment = {"PYTHONPATH": str(path)} if path else {}
     result = subprocess.run(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -33,6 +37,8 @@ def backend(name: str) -> Iterator[None]:
 def use_reference(op: str, backends: tuple[str, ...], device: torch.device) -> bool:
     """Whether the reference was asked for; raises where the backend asked for cannot run this op here."""
     name = device.type if _forced is None else _forced
+    if name == "cuda" and _forced is None and "cuda" not in backends and "triton" in backends:
+        name = "triton"
     if name == "reference":
         return True
     if name not in backends:
@@ -40,10 +46,30 @@ def use_reference(op: str, backends: tuple[str, ...], device: torch.device) -> b
             f"{op} has no backend {name!r}; it has {', '.join(backends)}. Ask for the reference by name: "
             'with pygen.backend("reference")'
         )
-    if name != device.type:
+    if name != device.type and name != "triton":  # of which use_triton knows
         raise RuntimeError(f"{op} was asked to run by backend {name!r} on tensors that lie on {device}")
     if name == "cuda" and not _C.CUDA_BUILT:
         raise RuntimeError(
             f"{op} has a CUDA kernel, but this pygen was built without: build it where torch has CUDA and nvcc is found"
         )
     return False
+
+
+def use_triton(op: str, device: torch.device) -> bool:
+    """Whether Triton's interpreter was asked for, on the CPU; elsewhere the dispatcher finds the kernel by device."""
+    if _forced != "triton" or device.type == "cuda":
+        return False
+    triton_kernels(op)
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"{op} was asked to run by backend 'triton' on tensors that lie on {device}: move them to a GPU, or start "
+            "Python with TRITON_INTERPRET=1 to have Triton's interpreter run it, slowly"
+        )
+    return True
+
+
+def triton_kernels(op: str) -> Any:
+    """The module of an op's Triton kernels. Triton is imported here and nowhere before."""
+    if find_spec("triton") is None:
+        raise RuntimeError(f"{op} runs on a GPU by Triton, which is not installed: pip install triton")
+    return import_module(f"pygen.kernels.triton.{op}")

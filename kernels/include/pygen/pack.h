@@ -36,6 +36,30 @@ PYGEN_INLINE Pack<T, N> operator*(const Pack<T, N>& a, const Pack<T, N>& b) {
   return r;
 }
 template <class T, int N>
+PYGEN_INLINE Pack<T, N> operator/(const Pack<T, N>& a, const Pack<T, N>& b) {
+  Pack<T, N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = a.v[i] / b.v[i];
+  return r;
+}
+template <class T, int N>
+PYGEN_INLINE Pack<T, N> operator-(const Pack<T, N>& a) {
+  Pack<T, N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = -a.v[i];
+  return r;
+}
+template <class T, int N>
+PYGEN_INLINE Pack<T, N> min(const Pack<T, N>& a, const Pack<T, N>& b) {
+  Pack<T, N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = min(a.v[i], b.v[i]);
+  return r;
+}
+template <class T, int N>
+PYGEN_INLINE Pack<T, N> max(const Pack<T, N>& a, const Pack<T, N>& b) {
+  Pack<T, N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = max(a.v[i], b.v[i]);
+  return r;
+}
+template <class T, int N>
 PYGEN_INLINE PackMask<T, N> operator<(const Pack<T, N>& a, const Pack<T, N>& b) {
   PackMask<T, N> r;
   for (int i = 0; i < N; ++i) r.v[i] = a.v[i] < b.v[i];

@@ -55,6 +55,21 @@ PYGEN_INLINE I32 to_signed(U32 v) { return bits<I32>(v); }
 PYGEN_INLINE U32 select(I32 condition, U32 yes, U32 no) { return condition ? yes : no; }
 PYGEN_INLINE F32 select(I32 condition, F32 yes, F32 no) { return condition ? yes : no; }
 
+// The second operand where either is NaN.
+#if defined(__AVX512F__)
+PYGEN_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+PYGEN_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+#elif defined(__AVX2__)
+PYGEN_INLINE F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+PYGEN_INLINE F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+#else
+PYGEN_INLINE F32 min(F32 a, F32 b) { return _mm_min_ps(a, b); }
+PYGEN_INLINE F32 max(F32 a, F32 b) { return _mm_max_ps(a, b); }
+#endif
+
+// 2^n from 1.5 * 2^23 + n, for n in [-127, 128]: 0 and infinity at the ends.
+PYGEN_INLINE F32 power_of_two(F32 shifted) { return from_unsigned((to_unsigned(shifted) << 23) + 0x3f800000u); }
+
 // gcc 12 takes three shuffles for what each instruction set has in one or two.
 #if defined(__AVX512F__)
 PYGEN_INLINE U32 widen(U16 v) { return bits<U32>(_mm512_cvtepu16_epi32(bits<__m256i>(v))); }

@@ -1,0 +1,41 @@
+// exp and what is made of it, written once over a lane type: vectors on a CPU, scalars on a GPU.
+#pragma once
+
+#include "pygen/pack.h"
+
+namespace pygen {
+namespace {
+
+template <class T, int N>
+PYGEN_INLINE Pack<T, N> power_of_two(const Pack<T, N>& shifted) {
+  Pack<T, N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = power_of_two(shifted.v[i]);
+  return r;
+}
+
+// e^x within 1.2 ulp = 2^n p(f), where n + f = x log2(e) and |f| <= 1/2; 0 below 2^-126.5, infinite above 2^127.5.
+template <class F>
+PYGEN_INLINE F exp(F x) {
+  x = max(splat(-88.0f, x), min(splat(88.8f, x), x));
+  const F to_integer = splat(0x1.8p23f, x);  // added, it leaves n in the last bits: see power_of_two
+  const F shifted = fma(x, splat(1.44269502f, x), to_integer);
+  const F n = shifted - to_integer;
+  F f = fma(x, splat(1.44269502f, x), -n);
+  f = fma(x, splat(1.92596299e-8f, x), f);
+  F p = splat(0.000153533620f, x);
+  p = fma(p, f, splat(0.00133988750f, x));
+  p = fma(p, f, splat(0.00961843692f, x));
+  p = fma(p, f, splat(0.0555033237f, x));
+  p = fma(p, f, splat(0.240226477f, x));
+  p = fma(p, f, splat(0.693147182f, x));
+  p = fma(p, f, splat(1.0f, x));
+  return p * power_of_two(shifted);
+}
+
+template <class F>
+PYGEN_INLINE F silu(F x) {
+  return x / (exp(-x) + splat(1.0f, x));
+}
+
+}  // namespace
+}  // namespace pygen

@@ -1,0 +1,72 @@
+"""group_norm_silu beyond its spec: how work is shared, layouts, and what it says of wrong arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pygen
+
+X, ONES = torch.ones(2, 8, 4, 4), torch.ones(8)
+CHANNELS_LAST = X.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_and_batch_do_not_matter_to_the_bit(memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 320, 17, 19).to(dtype).to(memory_format=memory_format)
+    weight, bias = torch.randn(2, 320)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        results.append(pygen.group_norm_silu(x, weight, bias, 32))
+        results.append(torch.cat([pygen.group_norm_silu(sample, weight, bias, 32) for sample in x.split(1)]))
+    torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_output_has_the_memory_format_of_x() -> None:
+    assert pygen.group_norm_silu(CHANNELS_LAST, ONES, ONES, 2).is_contiguous(memory_format=torch.channels_last)
+    assert pygen.group_norm_silu(X, ONES, ONES, 2).is_contiguous()
+
+
+def test_allocates_nothing_with_out() -> None:
+    x = torch.randn(2, 320, 16, 16)
+    for given in (x, x.to(memory_format=torch.channels_last)):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            assert pygen.group_norm_silu(given, None, None, 32, out=given) is given
+        assert sum(event.self_cpu_memory_usage for event in profile.key_averages()) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": torch.ones(8)}, ValueError, "x must have shape"),
+        ({"x": X.double()}, TypeError, "x must be float32, bfloat16 or float16"),
+        ({"x": X.transpose(2, 3)}, ValueError, "x's samples must be contiguous or channels-last"),
+        ({"x": torch.ones(2, 8, 4, 8)[..., ::2]}, ValueError, "x's samples must be contiguous or channels-last"),
+        ({"groups": 3}, ValueError, "groups must divide x's 8 channels, got 3"),
+        ({"groups": 0}, ValueError, "groups must divide x's 8 channels, got 0"),
+        ({"weight": torch.ones(4)}, ValueError, r"weight must have shape \(8,\)"),
+        ({"bias": torch.ones(8, 1)}, ValueError, r"bias must have shape \(8,\)"),
+        ({"bias": ONES.half()}, TypeError, "bias must have x's dtype .* or be float32"),
+        ({"out": torch.ones(2, 8, 16)}, ValueError, "out must have x's shape"),
+        ({"out": X.half()}, TypeError, "out must have x's dtype"),
+        ({"out": CHANNELS_LAST.clone()}, ValueError, "out must have x's memory format"),
+        ({"x": X.clone().requires_grad_()}, RuntimeError, "not differentiable, and x requires grad"),
+        ({"weight": ONES.clone().requires_grad_()}, RuntimeError, "not differentiable, and weight requires grad"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    right = {"x": X, "weight": ONES, "bias": ONES, "groups": 2}
+    with pytest.raises(error, match=message):
+        pygen.group_norm_silu(**(right | arguments))
+
+
+def test_overlap_is_refused() -> None:
+    memory = torch.zeros(3, 8, 4, 4)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        pygen.group_norm_silu(memory[:2], None, None, 2, out=memory[1:])
+    weight = memory.view(-1)[:8]
+    with pytest.raises(RuntimeError, match="single memory location"):
+        pygen.group_norm_silu(memory[:2], weight, None, 2, out=memory[:2])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ print(cases)
 
 @needs_triton
 @OPS
-def test_interpreted_against_reference(spec: OpSpec, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interpreted_against_reference(spec: OpSpec, record_property: Any) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", INTERPRET, spec.name],
@@ -71,8 +72,7 @@ def test_interpreted_against_reference(spec: OpSpec, capsys: pytest.CaptureFixtu
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    with capsys.disabled():
-        print(f"\n{spec.name}: {result.stdout.strip()} examples by triton's interpreter")
+    record_property(f"cases of {spec.name}'s Triton kernel by its interpreter", int(result.stdout))
 
 
 @needs_triton

@@ -1,0 +1,23 @@
+"""The README's Python runs as it is printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_examples_run(monkeypatch: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    first, loop = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert names["digits"].shape == (100, 1, 8, 8)
+    assert names["digits"].abs().max() <= 1.0 + 1e-6
+    names |= {"latents": torch.randn(2, 4, 8, 8), "text": 1.0, "empty": 0.5, "unet": lambda x, t, scale: scale * x}
+    exec(loop, names)
+    assert names["latents"].isfinite().all()

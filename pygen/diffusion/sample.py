@@ -63,7 +63,7 @@ class Stepper:
             uncond=uncond,
             history=history,
             noise=noise,
-            seed=seed,
+            seed=seed if self.plan.noisy[index] else None,  # nothing to draw: any memory order will do
             sample_ids=sample_ids,
             out=out,
             pred=pred,

@@ -16,7 +16,7 @@ void check_row(const AffineStepArgs& args, int64_t index) {
   TORCH_CHECK_INDEX(index >= 0 && index < args.n_rows, kOp, ": rows holds ", index, ", but the table has ", args.n_rows,
                     " rows");
   const double* row = args.table + index * args.table_stride;
-  const bool second = args.second.data != nullptr || args.term[kTermMask].data != nullptr;
+  const bool second = affine_reads_second(args);
   const auto read = [&](Column first, Column other) { return row[first] != 0.0 || (second && row[other] != 0.0); };
   const bool pred = args.pred.data != nullptr || read(kPred0, kPred1);
   TORCH_CHECK_VALUE(args.term[kTermCond].data != nullptr || !(read(kOut0, kOut1) || (pred && row[kPredOut] != 0.0)),

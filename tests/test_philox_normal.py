@@ -38,7 +38,6 @@ def test_kernel_draws_the_known_words(isa: str) -> None:
     uniform = torch.exp(-(z[0::2] ** 2 + z[1::2] ** 2) / 2)  # |z|^2 = -2 ln u
     torch.testing.assert_close(uniform, torch.tensor(words[0::2]).double() / 2**32, rtol=1e-5, atol=0)
     turns = torch.atan2(z[1::2], z[0::2]) / (2 * torch.pi)
-    expected = torch.tensor([(word - (1 << 32) * (word >= 0xE0000000)) for word in words[1::2]]).double()
     # The angle is the word's top two bits in quadrants plus the rest as a signed fraction of one.
     fraction = torch.tensor([((word << 2 & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for word in words[1::2]]).double()
     expected = torch.tensor([word >> 30 for word in words[1::2]]).double() / 4 + fraction / 2**34

@@ -63,6 +63,26 @@ void normals(int64_t samples, int64_t elements, int64_t stride, DType dtype) {
   cuda::philox_normal(args, nullptr);
 }
 
+// Where no host could check a launch before it ran: a row beyond the table, or one that reads what is absent.
+bool makes_nan(int64_t row, bool reads_output) {
+  float x[9] = {}, next[9] = {};
+  double table[kHistory] = {};
+  table[kX0] = 1.0;
+  table[kOut0] = reads_output;
+  AffineStepArgs args{};
+  args.ndim = 3;
+  args.size[0] = args.size[1] = 1, args.size[2] = 9;
+  args.term[kTermX] = {x, {9, 9, 1}, DType::kFloat32};
+  args.next = {next, {9, 9, 1}, DType::kFloat32};
+  args.table = table, args.table_stride = kHistory, args.n_rows = 1;
+  args.rows = &row;
+  cuda::affine_step(args, nullptr);
+  for (const float value : next) {
+    if (!std::isnan(value)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
@@ -76,4 +96,6 @@ int main() {
     }
   }
   std::printf("%d launches\n", cases);
+  const bool poisoned = makes_nan(1, false) && makes_nan(-1, false) && makes_nan(0, true) && !makes_nan(0, false);
+  return poisoned ? 0 : 1;
 }

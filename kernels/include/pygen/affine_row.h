@@ -32,10 +32,6 @@ PYGEN_INLINE void affine_nan_row(AffineRow& r) {
   r.pred[0] = r.pred[1] = nan;
 }
 
-constexpr bool affine_reads_second(const AffineStepArgs& args) {
-  return args.second.data != nullptr || args.term[kTermMask].data != nullptr;
-}
-
 PYGEN_INLINE void affine_read_row(const AffineStepArgs& args, int64_t row, int64_t sample, AffineRow& r) {
   if (row < 0 || row >= args.n_rows) return affine_nan_row(r);
   const double* table = args.table + row * args.table_stride;

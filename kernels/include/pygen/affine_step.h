@@ -59,6 +59,11 @@ struct AffineStepArgs {
   int64_t sample_ids_stride;
 };
 
+// Whether anything wants y_1.
+constexpr bool affine_reads_second(const AffineStepArgs& args) {
+  return args.second.data != nullptr || args.term[kTermMask].data != nullptr;
+}
+
 PYGEN_CPU_KERNEL(affine_step, AffineStepArgs)
 
 namespace cuda {

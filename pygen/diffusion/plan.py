@@ -14,11 +14,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pygen.diffusion.rows import PREDICTIONS, columns, conversion
 from pygen.diffusion.schedules import Array, Schedule, make_schedule
-from pygen.diffusion.solvers import SOLVERS, Combination, Grid, SolverStep
-from pygen.ops.affine_step import COLUMNS, HISTORY_COLUMN, MAX_HISTORY
-
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
+from pygen.diffusion.solvers import SOLVERS, Grid
+from pygen.ops.affine_step import COLUMNS, HISTORY_COLUMN, MAX_HISTORY, make_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,12 +130,13 @@ def plan(
     carries = any(step.carry is not None for step in solver_steps)
     if history + carries > MAX_HISTORY:
         raise ValueError(f"solver {solver!r} keeps {history + carries} tensors, more than {MAX_HISTORY}")
-    table = np.zeros((count, HISTORY_COLUMN + 2 * (history + carries)))
+    guided = np.broadcast_to(guidances, count)
+    rows = []
     for i, step in enumerate(solver_steps):
-        _fill_row(table[i], i, step, float(grid.alpha[i]), float(grid.sigma[i]), prediction, history)
-    table[:, COLUMNS["guidance"]] = guidances
-    table[:, [COLUMNS["low"], COLUMNS["high"]]] = low, high
-    if not np.isfinite(np.delete(table, [COLUMNS["low"], COLUMNS["high"]], axis=1)).all():
+        row = columns(step, *conversion(prediction, grid.alpha[i], grid.sigma[i]), history)
+        rows.append(row | {"step": i, "guidance": guided[i], "low": low, "high": high})
+    table = make_table(rows, history + carries)
+    if not np.isfinite(np.delete(table.numpy(), [COLUMNS["low"], COLUMNS["high"]], axis=1)).all():
         first, last = ((float(grid.alpha[i]), float(grid.sigma[i])) for i in (0, -1))
         raise ValueError(
             f"solver {solver!r} has no finite coefficients for prediction {prediction!r} on these times: "
@@ -149,7 +149,7 @@ def plan(
         schedule=schedule,
         times=grid_times,
         timesteps=torch.tensor(grid_times[:-1], dtype=torch.int64 if whole else torch.float32, device=device),
-        table=torch.from_numpy(table).to(device),
+        table=table.to(device),
         history=history,
         carries=carries,
         initial_scale=float(grid.sigma[0]),
@@ -173,37 +173,3 @@ def stack_plans(plans: Sequence[StepPlan]) -> tuple[Tensor, list[int], int]:
         if plan.carries:
             part[:, -2:] = plan.table[:, -2:]
     return table, begins[:-1].tolist(), history
-
-
-def _conversion(prediction: str, alpha: float, sigma: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """x_0 and epsilon as (factor of x, factor of the model's output), from x = alpha x_0 + sigma eps."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        a, s = np.float64(alpha), np.float64(sigma)
-        norm = a**2 + s**2  # 1 where the schedule preserves variance
-        x0, eps = {
-            "epsilon": ((1 / a, -s / a), (0.0, 1.0)),
-            "sample": ((0.0, 1.0), (1 / s, -a / s)),
-            "v_prediction": ((a / norm, -s / norm), (s / norm, a / norm)),
-            "flow": ((1 / (a + s), -s / (a + s)), (1 / (a + s), a / (a + s))),
-        }[prediction]
-    return x0, eps
-
-
-def _fill_row(
-    row: Array, index: int, step: SolverStep, alpha: float, sigma: float, prediction: str, history: int
-) -> None:
-    x0, epsilon = _conversion(prediction, alpha, sigma)
-    row[COLUMNS["step"]] = index
-    row[COLUMNS["rescale"]] = 1.0
-    row[COLUMNS["pred_x"]], row[COLUMNS["pred_out"]] = x0
-    for result, y in enumerate((step.next, step.carry or Combination())):
-        row[COLUMNS[f"x{result}"]] = y.x
-        row[COLUMNS[f"pred{result}"]] = y.pred
-        row[COLUMNS[f"noise{result}"]] = y.noise
-        if y.epsilon:
-            row[COLUMNS[f"x{result}"]] += y.epsilon * epsilon[0]
-            row[COLUMNS[f"out{result}"]] = y.epsilon * epsilon[1]
-        for j, coefficient in enumerate(y.history):
-            row[HISTORY_COLUMN + 2 * j + result] = coefficient
-        if y.carry:
-            row[HISTORY_COLUMN + 2 * history + result] = y.carry

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,17 +179,14 @@ def _fake(*arguments: object, **named: object) -> None:
 
 
 def make_table(rows: Sequence[dict[str, float]], n_history: int = 0) -> Tensor:
-    """A table from rows of named coefficients, for examples and tests; ``h<j>_<r>`` names a history column."""
-    table = torch.zeros(len(rows), HISTORY_COLUMN + 2 * n_history, dtype=torch.float64)
-    for name, value in {"guidance": 1.0, "low": -math.inf, "high": math.inf, "rescale": 1.0}.items():
-        table[:, COLUMNS[name]] = value
-    for index, row in enumerate(rows):
-        for name, value in row.items():
-            if name.startswith("h"):
-                j, result = (int(part) for part in name[1:].split("_")) if name != "high" else (0, 0)
-            column = COLUMNS[name] if name in COLUMNS else HISTORY_COLUMN + 2 * j + result
-            table[index, column] = value
-    return table
+    """A table from rows of named columns; ``h<j>_<r>`` names the factor of history term j in y_r."""
+    defaults = {"guidance": 1.0, "low": -math.inf, "high": math.inf, "rescale": 1.0}
+    column = COLUMNS | {f"h{j}_{r}": HISTORY_COLUMN + 2 * j + r for j in range(n_history) for r in (0, 1)}
+    table = np.zeros((len(rows), len(column)))
+    for values, row in zip(table, rows, strict=True):
+        for name, value in (defaults | row).items():
+            values[column[name]] = value
+    return torch.from_numpy(table)
 
 
 def _examples(dtype: torch.dtype) -> Iterator[Example]:

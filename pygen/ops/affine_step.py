@@ -189,6 +189,11 @@ def make_table(rows: Sequence[dict[str, float]], n_history: int = 0) -> Tensor:
     return torch.from_numpy(table)
 
 
+def history_terms(row: dict[str, float]) -> int:
+    """How many history terms a row of named columns has."""
+    return max((int(name[1:-2]) + 1 for name in row if name[0] == "h" and name not in COLUMNS), default=0)
+
+
 def _examples(dtype: torch.dtype) -> Iterator[Example]:
     generator = torch.Generator().manual_seed(0)
 

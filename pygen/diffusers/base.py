@@ -1,0 +1,206 @@
+"""What the drop-ins share: rows of affine_step in place of a step's arithmetic.
+
+A drop-in is diffusers' own class, whose configuration, time grids and files it inherits; what happens to a tensor is
+its own: ``step`` names its row by a key (all that its coefficients depend on: the index of the step, the order, eta),
+``_row`` makes the columns of a key in float64, and one fused call executes them. The rows of a whole run are made and
+uploaded together, when the first of them is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pygen.ops.affine_step import affine_step, history_terms, make_table
+
+Key = tuple[Hashable, ...]
+Columns = dict[str, float]
+
+
+class HostTensor:
+    """A tensor that diffusers' class keeps, of which the host knows the values; assigning it forgets all rows."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
+        if scheduler is None:
+            return self
+        try:
+            return scheduler.__dict__[self.name]
+        except KeyError:
+            raise AttributeError(f"{type(scheduler).__name__} has no {self.name} yet") from None
+
+    def __set__(self, scheduler: Any, value: Any) -> None:
+        scheduler.__dict__[self.name] = value
+        scheduler.__dict__.setdefault("_host_values", {}).pop(self.name, None)
+        scheduler.__dict__["_tables"] = {}
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            scheduler._host(self.name)  # now, so that no step waits for the device
+
+
+class FusedScheduler:
+    """Mixed into every drop-in, before diffusers' class."""
+
+    timesteps = HostTensor()
+    config: Any
+    num_inference_steps: int | None
+    _init_step_index: Callable[[float | Tensor], None]
+    _host_values: dict[str, list[float]]
+    _tables: dict[tuple[Key, torch.device], tuple[Tensor, Tensor]]
+    _step_index: int | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().__new__(cls)
+        # A pipeline saves the library that this names; with diffusers' own, its files load without pygen.
+        bases = (base.__module__ for base in cls.__mro__)
+        scheduler.__dict__["__module__"] = next(name for name in bases if name.startswith("diffusers."))
+        return scheduler
+
+    # What the host knows of the schedule.
+
+    def _host(self, name: str) -> list[float]:
+        """The values of a ``HostTensor``."""
+        values = self._host_values.get(name)
+        if values is None:
+            values = self._host_values[name] = getattr(self, name).tolist()
+        return values
+
+    def _time(self, timestep: float | Tensor) -> float:
+        """A timestep as a number, which takes no waiting for a device where it is a view into ``timesteps``."""
+        if not isinstance(timestep, Tensor):
+            return timestep
+        times = self.timesteps
+        if isinstance(times, Tensor) and timestep.dtype == times.dtype and times.is_contiguous():
+            offset = timestep.data_ptr() - times.data_ptr()
+            if 0 <= offset < times.nbytes:
+                return self._host("timesteps")[offset // times.element_size()]
+        return timestep.item()
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """The index of a timestep in the schedule: the second where there are several, as for image to image."""
+        times = self._host("timesteps") if schedule_timesteps is None else schedule_timesteps.tolist()
+        time = self._time(timestep)
+        found = [i for i, other in enumerate(times) if other == time]
+        return found[min(1, len(found) - 1)] if found else self._index_of_unknown(time, times)
+
+    def _index_of_unknown(self, time: float, times: list[float]) -> int:
+        raise ValueError(f"timestep must be one of scheduler.timesteps, got {time}")
+
+    def _index(self, timestep: float | Tensor) -> int:
+        """The index of the present step; the first one is found by its timestep."""
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        assert self._step_index is not None
+        return self._step_index
+
+    # Rows.
+
+    def _row(self, *key: Any, **named: Any) -> Columns:
+        """The columns, by name, of the step that a key names."""
+        raise NotImplementedError
+
+    def _run(self, *key: Any, **named: Any) -> Iterable[Key]:
+        """The keys that a run is likely to visit from this one on; their rows are made together."""
+        return ()
+
+    def _find(self, key: Key, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A table with a key's row, and the index of the row, on a device."""
+        found = self._tables.get((key, device))
+        if found is None:
+            keys = list(dict.fromkeys((key, *self._run(*key))))
+            by_terms: dict[int, dict[Key, Columns]] = {}
+            for one in keys:
+                row = self._row(*one)
+                by_terms.setdefault(history_terms(row), {})[one] = row
+            for terms, rows in by_terms.items():
+                table = make_table(list(rows.values()), terms).to(device)
+                for one, index in zip(rows, torch.arange(len(rows), device=device).unbind(), strict=True):
+                    self._tables[one, device] = table, index
+            found = self._tables[key, device]
+        return found
+
+    def _fused(
+        self,
+        key: Key,
+        x: Tensor,
+        model_output: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        pred: torch.dtype | None = None,
+        second: torch.dtype | None = None,
+        noise: dict[str, Tensor] | None = None,
+        threshold: bool = False,
+        **operands: Any,
+    ) -> tuple[Tensor, Any, Any]:
+        """Execute the row of a key.
+
+        Returns:
+            the next sample, and the prediction and the second result where a dtype is given for them; new tensors,
+            which the caller may keep.
+        """
+        table, row = self._find(key, x.device)
+        out, pred_out, second_out = (
+            torch.empty_like(x, dtype=dtype),
+            None if pred is None else torch.empty_like(x, dtype=pred),
+            None if second is None else torch.empty_like(x, dtype=second),
+        )
+        if threshold:
+            raise NotImplementedError("thresholding")
+        if noise is not None:
+            operands |= noise
+        affine_step(x, model_output, table, row, out=out, pred=pred_out, second=second_out, **operands)
+        return out, pred_out, second_out
+
+    def _noised(self, x: Tensor, noise: Tensor, levels: Sequence[tuple[float, float]]) -> Tensor:
+        """alpha x + sigma noise, each sample at its own of ``levels`` (alpha, sigma), or all at the one given."""
+        table = make_table([{"x0": alpha, "noise0": sigma} for alpha, sigma in levels]).to(x.device)
+        out = torch.empty_like(x, dtype=torch.result_type(x, noise))
+        return affine_step(x, None, table, torch.arange(len(levels), device=x.device), noise=noise, out=out)
+
+
+class OfTimestep(FusedScheduler):
+    """Schedulers whose steps are keyed by the timestep, an index into ``alphas_cumprod``."""
+
+    alphas_cumprod = HostTensor()
+    final_alpha_cumprod: Tensor
+
+    def _level(self, timestep: int) -> tuple[float, float]:
+        """(alpha, sigma) at a training timestep; beyond the first one, the scheduler's end."""
+        squared = self._host("alphas_cumprod")[timestep] if timestep >= 0 else float(self.final_alpha_cumprod)
+        return squared**0.5, (1.0 - squared) ** 0.5
+
+    def _timesteps(self, timesteps: Tensor) -> list[int]:
+        return timesteps.reshape(-1).tolist()
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha_t x_0 + sigma_t noise, each sample at its own timestep."""
+        return self._noised(original_samples, noise, [self._level(t) for t in self._timesteps(timesteps)])
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The target of v-prediction, alpha_t noise - sigma_t x_0 (Salimans & Ho 2022)."""
+        levels = (self._level(t) for t in self._timesteps(timesteps))
+        return self._noised(sample, noise, [(-sigma, alpha) for alpha, sigma in levels])
+
+
+class OfIndex(FusedScheduler):
+    """Schedulers whose steps are keyed by their index in ``sigmas``."""
+
+    sigmas = HostTensor()
+    begin_index: int | None
+    step_index: int | None
+
+    def _level(self, index: int) -> tuple[float, float]:
+        """(alpha, sigma) at an index."""
+        return 1.0, self._host("sigmas")[index]
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x_0 + sigma noise, at the scheduler's present or first step if it has one, else by timestep."""
+        if self.begin_index is None:
+            indices = [self.index_for_timestep(t) for t in timesteps.reshape(-1)]
+        else:
+            indices = [self.begin_index if self.step_index is None else self.step_index]
+        return self._noised(original_samples, noise, [self._level(i) for i in indices])

@@ -6,7 +6,9 @@ x = alpha x_0 + sigma eps, so that no step has to rescale the model's input.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,6 +54,27 @@ class SolverStep:
 
     next: Combination
     carry: Combination | None = None
+
+
+class Update(NamedTuple):
+    """x' = x * (the sample) + sum_j model[j] * (the model's value at the j-th of the update's times) + noise * z.
+
+    The values are predictions of x_0 or of epsilon, as the update says; the first is the one at the sample.
+    """
+
+    x: float
+    model: tuple[float, ...]
+    noise: float = 0.0
+
+
+def phi(n: int, z: float) -> float:
+    """The integral of e^(z (1 - s)) s^(n-1) / (n-1)! over s from 0 to 1, n >= 1; phi_{n+1}(z) = (phi_n(z) - 1/n!) / z."""
+    if abs(z) < 1:
+        return math.fsum(z**k / math.factorial(n + k) for k in range(20))
+    value = math.expm1(z) / z
+    for k in range(1, n):
+        value = (value - 1 / math.factorial(k)) / z
+    return value
 
 
 def first_order(grid: Grid, i: int) -> tuple[float, float]:

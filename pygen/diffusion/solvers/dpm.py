@@ -1,0 +1,109 @@
+"""DPM-Solver and DPM-Solver++, multistep and singlestep, of the ODE and of the SDE.
+
+Lu et al. 2022, "DPM-Solver: a fast ODE solver for diffusion probabilistic model sampling in around 10 steps" and
+"DPM-Solver++: fast solver for guided sampling of diffusion probabilistic models". With lambda = log(alpha / sigma) and
+h = lambda' - lambda, a step solves the linear part exactly and integrates D0 + D1 s + D2 s^2 / 2, a polynomial through
+values of the model, over s from 0 to 1. "dpmsolver++" takes the prediction of x_0 for that value, "dpmsolver" that of
+epsilon. The SDE ("sde-") has noise of strength ``eta``: 1 reverses the forward process, 0 would be the ODE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pygen.diffusion.solvers.base import Grid, Update, phi
+
+ALGORITHM_TYPES = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
+SOLVER_TYPES = ("midpoint", "heun")
+
+
+def multistep_update(
+    grid: Grid,
+    i: int,
+    order: int,
+    *,
+    algorithm_type: str = "dpmsolver++",
+    solver_type: str = "midpoint",
+    previous: Sequence[int] | None = None,
+    eta: float = 1.0,
+    half: float = 0.5,
+) -> Update:
+    """From i to i + 1 by the values at i and, from order 2 on, at the times ``previous``: i - 1, i - 2 where left out.
+
+    Order 3 has D2 / 2 in the place of D2, as in the authors' code, and knows one formula for both solver types.
+    ``half``: the last term of phi_3(z) = (phi_2(z) - 1/2) / z; diffusers has -1/2 in its "sde-dpmsolver++".
+    """
+    nodes = tuple((i - 1, i - 2) if previous is None else previous)[: order - 1]
+    midpoint = solver_type == "midpoint" and order == 2
+    return _update(grid, i, i + 1, nodes, algorithm_type, midpoint, 1.0, eta, half)
+
+
+def singlestep_update(
+    grid: Grid,
+    start: int,
+    stages: Sequence[int],
+    end: int,
+    *,
+    algorithm_type: str = "dpmsolver++",
+    solver_type: str = "midpoint",
+    eta: float = 1.0,
+    half: float = 0.5,
+) -> Update:
+    """From ``start`` to ``end`` by the values at ``start`` and at ``stages`` (none, one or two) between them.
+
+    With two stages, "midpoint" reads the later one only, as DPM-Solver-3 ends, and "heun" is the parabola's integral.
+    """
+    if len(stages) == 2 and solver_type == "midpoint":
+        x, (at_start, at_last), noise = _update(grid, start, end, stages[1:], algorithm_type, False, 2.0, eta, half)
+        return Update(x, (at_start, 0.0, at_last), noise)
+    return _update(grid, start, end, tuple(stages), algorithm_type, solver_type == "midpoint", 2.0, eta, half)
+
+
+def _update(
+    grid: Grid,
+    start: int,
+    end: int,
+    nodes: Sequence[int],
+    algorithm_type: str,
+    midpoint: bool,
+    of_square: float,
+    eta: float,
+    half: float,
+) -> Update:
+    alpha, sigma = grid.alpha[start], grid.sigma[start]
+    next_alpha, next_sigma = grid.alpha[end], grid.sigma[end]
+    if not algorithm_type.startswith("sde-") or next_sigma == 0:  # the clean end is reached without noise
+        eta = 0.0
+    if algorithm_type.endswith("++"):
+        shrink = next_sigma * alpha / (next_alpha * sigma)  # e^-h
+        x = next_sigma / sigma * shrink**eta
+        of_d0 = next_alpha - alpha * x
+        noise = next_sigma * math.sqrt(1 - shrink ** (2 * eta))
+    else:
+        x = next_alpha / alpha
+        of_d0 = (1 + eta) * (next_sigma - sigma * x)
+        noise = math.sqrt(eta * ((sigma * x) ** 2 - next_sigma**2))
+    if not nodes:
+        return Update(x, (of_d0,), noise)
+
+    log_snr = grid.log_snr
+    h = log_snr[end] - log_snr[start]
+    if algorithm_type.endswith("++"):
+        z = -(1 + eta) * h
+        scale = -z * next_alpha
+    else:
+        z = h
+        scale = -(1 + eta) * h * next_sigma
+    of_d1 = of_d0 / 2 if midpoint else scale * phi(2, z)  # and of_d0 = scale * phi(1, z)
+    r = [(log_snr[node] - log_snr[start]) / h for node in nodes]
+    if len(r) == 1:
+        return Update(x, (of_d0 - of_d1 / r[0], of_d1 / r[0]), noise)
+    # The parabola's factors of s and s^2, by Lagrange.
+    of_d2 = of_square * scale * (phi(3, z) + (0.5 - half) / z)
+    places = [0.0, *r]
+    model = [of_d0, 0.0, 0.0]
+    for j, place in enumerate(places):
+        one, other = (places[k] for k in range(3) if k != j)
+        model[j] += (of_d2 - of_d1 * (one + other)) / ((place - one) * (place - other))
+    return Update(x, tuple(model), noise)

@@ -1,7 +1,31 @@
 """Drop-in schedulers: diffusers' class names, configurations and steps, on one fused call each."""
 
-from pygen.diffusers.ddpm import DDIMScheduler
+from pygen.diffusers.ddpm import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMInverseScheduler,
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DDPMWuerstchenScheduler,
+    RePaintScheduler,
+    UnCLIPScheduler,
+)
 from pygen.diffusers.karras import EulerDiscreteScheduler
 from pygen.diffusers.noise import PhiloxGenerator
 
-__all__ = ["DDIMScheduler", "EulerDiscreteScheduler", "PhiloxGenerator"]
+__all__ = [
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMWuerstchenScheduler",
+    "EulerDiscreteScheduler",
+    "PhiloxGenerator",
+    "RePaintScheduler",
+    "UnCLIPScheduler",
+]

@@ -8,9 +8,11 @@ uploaded together, when the first of them is asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from pygen.ops.affine_step import affine_step, history_terms, make_table
 
 Key = tuple[Hashable, ...]
 Columns = dict[str, float]
+Level = tuple[float, float]  # alpha, sigma
 
 
 class HostTensor:
@@ -62,14 +65,14 @@ class FusedScheduler:
 
     # What the host knows of the schedule.
 
-    def _host(self, name: str) -> list[float]:
+    def _host(self, name: str) -> list[Any]:
         """The values of a ``HostTensor``."""
         values = self._host_values.get(name)
         if values is None:
             values = self._host_values[name] = getattr(self, name).tolist()
         return values
 
-    def _time(self, timestep: float | Tensor) -> float:
+    def _time(self, timestep: Any) -> Any:
         """A timestep as a number, which takes no waiting for a device where it is a view into ``timesteps``."""
         if not isinstance(timestep, Tensor):
             return timestep
@@ -107,25 +110,44 @@ class FusedScheduler:
         """The keys that a run is likely to visit from this one on; their rows are made together."""
         return ()
 
+    def _finite(self, key: Key) -> Columns | None:
+        """The row of a key, if all of its coefficients are numbers."""
+        try:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                row = self._row(*key)
+        except ZeroDivisionError:
+            return None
+        return row if all(math.isfinite(row[name]) for name in row.keys() - {"low", "high"}) else None
+
     def _find(self, key: Key, device: torch.device) -> tuple[Tensor, Tensor]:
         """A table with a key's row, and the index of the row, on a device."""
         found = self._tables.get((key, device))
         if found is None:
-            keys = list(dict.fromkeys((key, *self._run(*key))))
+            rows = {one: self._finite(one) for one in dict.fromkeys((key, *self._run(*key)))}
+            if rows[key] is None:
+                raise ValueError(
+                    f"{type(self).__name__} has no finite coefficients for step {key} with prediction_type "
+                    f"{self.config.get('prediction_type')!r} on this schedule"
+                )
             by_terms: dict[int, dict[Key, Columns]] = {}
-            for one in keys:
-                row = self._row(*one)
-                by_terms.setdefault(history_terms(row), {})[one] = row
-            for terms, rows in by_terms.items():
-                table = make_table(list(rows.values()), terms).to(device)
-                for one, index in zip(rows, torch.arange(len(rows), device=device).unbind(), strict=True):
+            for one, row in rows.items():
+                if row is not None:
+                    by_terms.setdefault(history_terms(row), {})[one] = row
+            for terms, alike in by_terms.items():
+                table = make_table(list(alike.values()), terms).to(device)
+                for one, index in zip(alike, torch.arange(len(alike), device=device).unbind(), strict=True):
                     self._tables[one, device] = table, index
             found = self._tables[key, device]
         return found
 
-    def _fused(
+    def _fused(self, key: Key, x: Tensor, model_output: Tensor | None = None, **how: Any) -> tuple[Tensor, Any, Any]:
+        """Execute the row of a key; see ``_execute``."""
+        return self._execute(*self._find(key, x.device), x, model_output, **how)
+
+    def _execute(
         self,
-        key: Key,
+        table: Tensor,
+        rows: Tensor,
         x: Tensor,
         model_output: Tensor | None = None,
         *,
@@ -136,26 +158,23 @@ class FusedScheduler:
         threshold: bool = False,
         **operands: Any,
     ) -> tuple[Tensor, Any, Any]:
-        """Execute the row of a key.
+        """Execute rows of a table; ``operands`` are affine_step's.
 
         Returns:
             the next sample, and the prediction and the second result where a dtype is given for them; new tensors,
             which the caller may keep.
         """
-        table, row = self._find(key, x.device)
-        out, pred_out, second_out = (
-            torch.empty_like(x, dtype=dtype),
-            None if pred is None else torch.empty_like(x, dtype=pred),
-            None if second is None else torch.empty_like(x, dtype=second),
-        )
+        out = torch.empty_like(x, dtype=dtype)
+        pred_out = None if pred is None else torch.empty_like(x, dtype=pred)
+        second_out = None if second is None else torch.empty_like(x, dtype=second)
         if threshold:
             raise NotImplementedError("thresholding")
         if noise is not None:
             operands |= noise
-        affine_step(x, model_output, table, row, out=out, pred=pred_out, second=second_out, **operands)
+        affine_step(x, model_output, table, rows, out=out, pred=pred_out, second=second_out, **operands)
         return out, pred_out, second_out
 
-    def _noised(self, x: Tensor, noise: Tensor, levels: Sequence[tuple[float, float]]) -> Tensor:
+    def _noised(self, x: Tensor, noise: Tensor, levels: Sequence[Level]) -> Tensor:
         """alpha x + sigma noise, each sample at its own of ``levels`` (alpha, sigma), or all at the one given."""
         table = make_table([{"x0": alpha, "noise0": sigma} for alpha, sigma in levels]).to(x.device)
         out = torch.empty_like(x, dtype=torch.result_type(x, noise))
@@ -166,23 +185,39 @@ class OfTimestep(FusedScheduler):
     """Schedulers whose steps are keyed by the timestep, an index into ``alphas_cumprod``."""
 
     alphas_cumprod = HostTensor()
-    final_alpha_cumprod: Tensor
 
-    def _level(self, timestep: int) -> tuple[float, float]:
-        """(alpha, sigma) at a training timestep; beyond the first one, the scheduler's end."""
-        squared = self._host("alphas_cumprod")[timestep] if timestep >= 0 else float(self.final_alpha_cumprod)
+    def _level(self, timestep: int) -> Level:
+        """(alpha, sigma) at a training timestep."""
+        squared = self._host("alphas_cumprod")[timestep]
         return squared**0.5, (1.0 - squared) ** 0.5
 
-    def _timesteps(self, timesteps: Tensor) -> list[int]:
-        return timesteps.reshape(-1).tolist()
+    def _level_before(self, timestep: int) -> Level:
+        """(alpha, sigma) where a step leads: before the first training timestep, to the scheduler's end."""
+        if timestep >= 0:
+            return self._level(timestep)
+        squared = float(getattr(self, "final_alpha_cumprod", 1.0))
+        return squared**0.5, (1.0 - squared) ** 0.5
+
+    @property
+    def _thresholds(self) -> bool:
+        return self.config.get("thresholding", False)
+
+    def _clip(self) -> Columns:
+        """The clamp of the predicted x_0: to [-1, 1] times the threshold, where one is made on the device."""
+        if self._thresholds:
+            return {"low": -1.0, "high": 1.0}
+        if self.config.clip_sample:
+            reach = self.config.get("clip_sample_range", 1.0)
+            return {"low": -reach, "high": reach}
+        return {}
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha_t x_0 + sigma_t noise, each sample at its own timestep."""
-        return self._noised(original_samples, noise, [self._level(t) for t in self._timesteps(timesteps)])
+        return self._noised(original_samples, noise, [self._level(t) for t in timesteps.reshape(-1).tolist()])
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The target of v-prediction, alpha_t noise - sigma_t x_0 (Salimans & Ho 2022)."""
-        levels = (self._level(t) for t in self._timesteps(timesteps))
+        levels = (self._level(t) for t in timesteps.reshape(-1).tolist())
         return self._noised(sample, noise, [(-sigma, alpha) for alpha, sigma in levels])
 
 
@@ -193,7 +228,7 @@ class OfIndex(FusedScheduler):
     begin_index: int | None
     step_index: int | None
 
-    def _level(self, index: int) -> tuple[float, float]:
+    def _level(self, index: int) -> Level:
         """(alpha, sigma) at an index."""
         return 1.0, self._host("sigmas")[index]
 

@@ -68,7 +68,7 @@ class Update(NamedTuple):
 
 
 def phi(n: int, z: float) -> float:
-    """The integral of e^(z (1 - s)) s^(n-1) / (n-1)! over s from 0 to 1, n >= 1; phi_{n+1}(z) = (phi_n(z) - 1/n!) / z."""
+    """The integral of e^(z (1 - s)) s^(n-1) / (n-1)! over s from 0 to 1, n >= 1: phi_{n+1} = (phi_n - 1/n!) / z."""
     if abs(z) < 1:
         return math.fsum(z**k / math.factorial(n + k) for k in range(20))
     value = math.expm1(z) / z
@@ -83,12 +83,16 @@ def first_order(grid: Grid, i: int) -> tuple[float, float]:
     return ratio, grid.alpha[i + 1] - grid.alpha[i] * ratio
 
 
-def posterior(grid: Grid, i: int) -> tuple[float, float, float, float]:
+def posterior(grid: Grid, i: int, forward: float | None = None) -> tuple[float, float, float, float]:
     """x_{i+1} given x_i in the forward process, for any two times (Ho et al. 2020, equations 6 and 7 and section 3.2):
     where x_0 is known, the factors of x_i and x_0 in its mean, and its variance; then its variance where
-    x_0 ~ N(0, 1), which is beta if alpha^2 + sigma^2 = 1."""
+    x_0 ~ N(0, 1), which is beta if alpha^2 + sigma^2 = 1.
+
+    ``forward``: the variance of q(x_i | x_{i+1}), where it is known better than the grid tells it.
+    """
     scale = grid.alpha[i] / grid.alpha[i + 1]
-    forward = grid.sigma[i] ** 2 - (scale * grid.sigma[i + 1]) ** 2  # the variance of q(x_i | x_{i+1})
+    if forward is None:
+        forward = grid.sigma[i] ** 2 - (scale * grid.sigma[i + 1]) ** 2
     share = grid.sigma[i + 1] ** 2 / grid.sigma[i] ** 2
     marginal = (grid.alpha[i + 1] ** 2 + grid.sigma[i + 1] ** 2) / (grid.alpha[i] ** 2 + grid.sigma[i] ** 2)
     return scale * share, grid.alpha[i + 1] * forward / grid.sigma[i] ** 2, forward * share, forward * marginal

@@ -1,0 +1,1 @@
+"""Programs that hold pygen against what it replaces."""

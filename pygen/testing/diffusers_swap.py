@@ -20,11 +20,11 @@ SEVERITY = ["passed", "xpassed", "skipped", "xfailed", "failed", "error"]
 
 
 def swap() -> dict[type, type]:
-    """Put every class of ``pygen.diffusers`` in the place of diffusers' own; which came for which."""
+    """Put every scheduler of ``pygen.diffusers`` in the place of diffusers' own; which came for which."""
     import pygen.diffusers as ours
 
     replaced: dict[type, type] = {}
-    for name in ours.__all__:
+    for name in (name for name in ours.__all__ if name.endswith("Scheduler")):
         theirs, new = getattr(diffusers, name), getattr(ours, name)
         getattr(diffusers.schedulers, name)  # a lazy module holds a name once it was asked for
         for module_name, module in list(sys.modules.items()):

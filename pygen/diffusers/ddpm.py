@@ -57,6 +57,8 @@ class _DDPM(OfTimestep):
         return self._between(timestep, self._level(timestep), self._level_before(self._previous(timestep)))
 
     def _between(self, timestep: int, level: Level, before: Level, beta: float | None = None) -> Columns:
+        if beta is None:  # rounded as diffusers rounds it, which shows in its samples where beta is small
+            beta = 1.0 - float(np.float32(level[0] ** 2 / before[0] ** 2))
         of_x, of_x0, small, large = posterior(_grid(level, before), 0, beta)
         small = max(small, 1e-20)
         row = {"step": timestep, "x0": of_x, "pred0": of_x0}

@@ -1,8 +1,8 @@
 #include "pygen/affine_step.h"
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/MemoryOverlap.h>
 
+#include "affine_rows.h"
 #include "backend.h"
 #include "operands.h"
 
@@ -12,10 +12,7 @@ namespace {
 constexpr const char* kOp = "affine_step";
 
 // What a row reads must be there: said here, by name, before anything runs.
-void check_row(const AffineStepArgs& args, int64_t index) {
-  TORCH_CHECK_INDEX(index >= 0 && index < args.n_rows, kOp, ": rows holds ", index, ", but the table has ", args.n_rows,
-                    " rows");
-  const double* row = args.table + index * args.table_stride;
+void check_row(const AffineStepArgs& args, const double* row, int64_t index) {
   const bool second = affine_reads_second(args);
   const auto read = [&](Column first, Column other) { return row[first] != 0.0 || (second && row[other] != 0.0); };
   const bool pred = args.pred.data != nullptr || read(kPred0, kPred1);
@@ -23,17 +20,6 @@ void check_row(const AffineStepArgs& args, int64_t index) {
                     kOp, ": row ", index, " reads the model output, and model_output is None");
   TORCH_CHECK_VALUE(args.seed != nullptr || args.term[kTermNoise].data != nullptr || !read(kNoise0, kNoise1), kOp,
                     ": row ", index, " adds noise: give seed or noise");
-}
-
-void check_rows(const AffineStepArgs& args) {
-  int64_t checked = -1;
-  for (int64_t b = 0; b < args.size[0]; ++b) {
-    for (int64_t t = 0; t < args.size[1]; ++t) {
-      const int64_t index = args.rows[b * args.rows_stride[0] + t * args.rows_stride[1]];
-      if (index != checked || index < 0) check_row(args, index);
-      checked = index;
-    }
-  }
 }
 
 [[maybe_unused]] void launch(const Cpu&, const AffineStepArgs& args, int64_t count) {
@@ -53,19 +39,11 @@ void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_
                     const std::optional<at::Tensor>& second) {
   // Check.
   const int64_t n_history = static_cast<int64_t>(history.size());
-  const int64_t columns = kHistory + 2 * n_history;
   TORCH_CHECK_VALUE(x.dim() >= 1, kOp, ": x must begin with the batch, got a scalar");
   TORCH_CHECK_VALUE(n_history <= kMaxHistory, kOp, ": history holds ", n_history, " tensors, more than ", kMaxHistory);
-  check_index(kOp, "table", table, at::kDouble, x.device());
-  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == columns && (table.stride(1) == 1 || table.size(0) == 0), kOp,
-                    ": table must have shape (rows, ", columns, ") for ", n_history, " history terms, got ",
-                    table.sizes());
-  check_index(kOp, "rows", rows, at::kLong, x.device());
+  AffineStepArgs args{};
+  read_rows(kOp, x, table, rows, n_history, /*most_dims=*/2, args);
   const bool one_row = rows.numel() == 1;
-  TORCH_CHECK_VALUE(
-      one_row || (rows.dim() <= 2 && rows.dim() <= x.dim() && rows.sizes() == x.sizes().slice(0, rows.dim())), kOp,
-      ": rows must hold one index, one per sample or one per (sample, token); got shape ", rows.sizes(),
-      " for x of shape ", x.sizes());
   TORCH_CHECK_VALUE(!uncond.has_value() || model_output.has_value(), kOp, ": uncond needs model_output");
   TORCH_CHECK_VALUE(!(noise.has_value() && seed.has_value()), kOp, ": give noise or seed, not both");
   if (seed.has_value()) {
@@ -79,8 +57,8 @@ void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_
   }
   if (scale.has_value()) {
     check_index(kOp, "scale", *scale, at::kFloat, x.device());
-    TORCH_CHECK_VALUE(scale->dim() == 2 && scale->size(0) == x.size(0) && scale->size(1) == columns, kOp,
-                      ": scale must have shape (", x.size(0), ", ", columns, "), got ", scale->sizes());
+    TORCH_CHECK_VALUE(scale->dim() == 2 && scale->size(0) == x.size(0) && scale->size(1) == table.size(1), kOp,
+                      ": scale must have shape (", x.size(0), ", ", table.size(1), "), got ", scale->sizes());
   }
 
   // Describe. A single row without anything per sample lets the batch merge with the rest.
@@ -91,20 +69,8 @@ void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_
   for (int64_t d = leading; d < x.dim(); ++d) dims.push_back(d);
   IterationSpace space(x.sizes(), dims, /*leading=*/2, /*keep_order=*/seed.has_value());
 
-  AffineStepArgs args{};
-  c10::SmallVector<at::Tensor, kMaxTerms> inputs;  // keeps expanded views alive
-  inputs.reserve(kMaxTerms);
   const auto add_input = [&](int term, const char* name, const at::Tensor& tensor, bool allow_bool = false) {
-    check_no_grad(kOp, name, tensor);
-    check_device(kOp, name, tensor, x.device());
-    const DType dtype = kernel_dtype(kOp, name, tensor, allow_bool);
-    if (tensor.sizes() == x.sizes()) {
-      space.add(args.term[term], dtype, tensor);
-      return;
-    }
-    TORCH_CHECK_VALUE(at::is_expandable_to(tensor.sizes(), x.sizes()), kOp, ": ", name, " of shape ", tensor.sizes(),
-                      " does not broadcast to x of shape ", x.sizes());
-    space.add(args.term[term], dtype, inputs.emplace_back(tensor.expand(x.sizes())));
+    space.add_input(kOp, name, args.term[term], tensor, x.device(), allow_bool);
   };
   const auto add_output = [&](Operand& operand, const char* name, const at::Tensor& tensor) {
     TORCH_CHECK_VALUE(tensor.sizes() == x.sizes(), kOp, ": ", name, " must have x's shape ", x.sizes(), ", got ",
@@ -146,12 +112,6 @@ void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_
   if (x.numel() == 0) return;
 
   args.ndim = space.finish(kOp, args.size);
-  args.n_history = static_cast<int32_t>(n_history);
-  args.table = table.const_data_ptr<double>();
-  args.table_stride = table.stride(0);
-  args.n_rows = table.size(0);
-  args.rows = rows.const_data_ptr<int64_t>();
-  for (int64_t d = 0; d < 2; ++d) args.rows_stride[d] = one_row || d >= rows.dim() ? 0 : rows.stride(d);
   if (scale.has_value()) {
     args.scale = scale->const_data_ptr<float>();
     args.scale_stride[0] = scale->stride(0);
@@ -162,7 +122,10 @@ void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_
     args.sample_ids = sample_ids->const_data_ptr<int64_t>();
     args.sample_ids_stride = sample_ids->stride(0);
   }
-  if (Backend::kHostCanRead) check_rows(args);
+  if (Backend::kHostCanRead) {
+    const auto check = [&](const double* row, int64_t index) { check_row(args, row, index); };
+    check_rows(kOp, args, args.size[0], args.size[1], check);
+  }
 
   // Launch.
   launch(Backend(x), args, x.numel());

@@ -1,8 +1,10 @@
 // From tensors to what kernels see: operands over one iteration space, and ranges of it shared among threads.
 #pragma once
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
@@ -59,6 +61,19 @@ class IterationSpace {
     entries_.push_back({&operand, tensor.strides()});
   }
 
+  // An input that may broadcast to the space's tensors.
+  void add_input(const char* op, const char* name, Operand& operand, const at::Tensor& tensor, at::Device device,
+                 bool allow_bool = false) {
+    check_no_grad(op, name, tensor);
+    check_device(op, name, tensor, device);
+    const DType dtype = kernel_dtype(op, name, tensor, allow_bool);
+    if (tensor.sizes() == tensor_size_) return add(operand, dtype, tensor);
+    TORCH_CHECK_VALUE(at::is_expandable_to(tensor.sizes(), tensor_size_), op, ": ", name, " of shape ", tensor.sizes(),
+                      " does not broadcast to x of shape ", tensor_size_);
+    expanded_.push_back(tensor.expand(tensor_size_));
+    add(operand, dtype, expanded_.back());
+  }
+
   // Writes every operand's strides, and the sizes; returns the number of dimensions.
   int32_t finish(const char* op, int64_t* size) {
     const auto stride = [&](const Entry& entry, int64_t dim) { return dim < 0 ? 0 : entry.stride[dim]; };
@@ -102,6 +117,7 @@ class IterationSpace {
   size_t leading_;
   bool keep_order_;
   c10::SmallVector<Entry, 24> entries_;
+  c10::SmallVector<at::Tensor, 4> expanded_;  // keeps the views alive whose strides the entries refer to
 };
 
 // Elements a thread takes at the least: below twice this, waking another costs more than it brings. Those that only

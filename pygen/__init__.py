@@ -7,8 +7,19 @@ from pygen.diffusion.plan import StepPlan, plan
 from pygen.diffusion.sample import sample
 from pygen.ops.affine_step import affine_step
 from pygen.ops.backend import backend
+from pygen.ops.dynamic_threshold import dynamic_threshold
 from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.philox_normal import philox_normal
 
 __version__ = "0.1.0"
-__all__ = ["StepPlan", "affine_step", "backend", "doctor", "group_norm_silu", "philox_normal", "plan", "sample"]
+__all__ = [
+    "StepPlan",
+    "affine_step",
+    "backend",
+    "doctor",
+    "dynamic_threshold",
+    "group_norm_silu",
+    "philox_normal",
+    "plan",
+    "sample",
+]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pygen.ops.affine_step import affine_step, history_terms, make_table
+from pygen.ops.dynamic_threshold import dynamic_threshold
 
 Key = tuple[Hashable, ...]
 Columns = dict[str, float]
@@ -168,7 +169,10 @@ class FusedScheduler:
         pred_out = None if pred is None else torch.empty_like(x, dtype=pred)
         second_out = None if second is None else torch.empty_like(x, dtype=second)
         if threshold:
-            raise NotImplementedError("thresholding")
+            operands["scale"] = dynamic_threshold(
+                x, model_output, table, rows,
+                ratio=self.config.dynamic_thresholding_ratio, max_value=self.config.sample_max_value,
+            )  # fmt: skip
         if noise is not None:
             operands |= noise
         affine_step(x, model_output, table, rows, out=out, pred=pred_out, second=second_out, **operands)

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "pygen/affine_step.h"
+#include "pygen/dynamic_threshold.h"
 #include "pygen/philox_normal.h"
 
 using namespace pygen;
@@ -63,6 +64,28 @@ void normals(int64_t samples, int64_t elements, int64_t stride, DType dtype) {
   cuda::philox_normal(args, nullptr);
 }
 
+void threshold(int64_t samples, int64_t elements, int64_t stride, DType dtype) {
+  const Buffer x(samples, 1, elements, stride, dtype), out(samples, 1, elements, stride, dtype);
+  const std::vector<double> table(kHistory, 0.5);
+  const int64_t row = 0;
+  std::vector<float> factors(samples * kHistory);
+  std::vector<Selection> selections(samples);
+  DynamicThresholdArgs args{};
+  args.step.ndim = 2;
+  args.step.size[0] = samples, args.step.size[1] = elements;
+  args.step.term[kTermX] = {x.operand.data, {elements * stride, stride}, dtype};
+  args.step.term[kTermCond] = {out.operand.data, {elements * stride, stride}, dtype};
+  args.step.pred.data = args.factors = factors.data();
+  args.step.table = table.data(), args.step.table_stride = kHistory, args.step.n_rows = 1;
+  args.step.rows = &row;
+  args.sample_elements = elements;
+  args.rank[0] = elements / 2, args.rank[1] = elements - 1;
+  args.max_value = 1.0f;
+  args.factors_stride[0] = args.columns = kHistory, args.factors_stride[1] = 1;
+  args.selection = selections.data();
+  cuda::dynamic_threshold(args, nullptr);
+}
+
 // Where no host could check a launch before it ran: a row beyond the table, or one that reads what is absent.
 bool makes_nan(int64_t row, bool reads_output) {
   float x[9] = {}, next[9] = {};
@@ -95,6 +118,8 @@ int main() {
       }
     }
   }
+  for (const int64_t elements : {1, 9, 300, 16384, 16385}) threshold(2, elements, 1, DType::kFloat32), ++cases;
+  threshold(2, 40000, 3, DType::kBFloat16), ++cases;
   std::printf("%d launches\n", cases);
   const bool poisoned = makes_nan(1, false) && makes_nan(-1, false) && makes_nan(0, true) && !makes_nan(0, false);
   return poisoned ? 0 : 1;

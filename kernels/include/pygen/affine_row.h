@@ -73,40 +73,49 @@ PYGEN_INLINE void affine_read_row(const AffineStepArgs& args, int64_t row, int64
   if ((r.uses_out && args.term[kTermCond].data == nullptr) || (r.draws && !has_noise)) affine_nan_row(r);
 }
 
-// `load(term)` gives a V. kResults is 2 where `affine_reads_second`, else 1, and `second` is not made. NaN passes
-// through the clamp, as in torch.clamp.
-template <int kResults, class V, class Load>
-PYGEN_INLINE void affine_row(const AffineStepArgs& args, const AffineRow& r, Load load, V& next, V& pred, V& second) {
+// Adds a term where it is used.
+template <class V>
+PYGEN_INLINE void add(const Coefficient& coefficient, const V& term, V& sum) {
+  if (coefficient.used) sum = fma(splat(coefficient.value, V{}), term, sum);
+}
+
+// x, the model's output with guidance, and pred before its clamp. `load(term)` gives a V.
+template <class V, class Load>
+PYGEN_INLINE void affine_pred(const AffineRow& r, Load load, V& x, V& out, V& pred) {
   const V zero{};
-  const auto add = [&](const Coefficient& coefficient, const V& term, V& sum) {
-    if (coefficient.used) sum = fma(splat(coefficient.value, zero), term, sum);
-  };
-  V x = zero, out = zero, y[2] = {zero, zero};
+  x = out = pred = zero;
   if (r.uses_x) x = load(kTermX);
   if (r.uses_uncond) out = load(kTermUncond);
   if (r.uses_cond) {
     const V cond = load(kTermCond);
     out = r.uses_uncond ? fma(splat(r.guidance, zero), cond - out, out) : cond;
   }
-  pred = zero;
-  if (r.uses_pred) {
-    add(r.pred_x, x, pred);
-    if (r.pred_x.used && r.pred_out.used) {
-      // The two products cancel where alpha is small: add back what rounding took from the first and from both factors.
-      V rest = fma(splat(r.pred_x.value, zero), x, zero - pred);
-      rest = fma(splat(r.pred_x_rest, zero), x, rest);
-      rest = fma(splat(r.pred_out_rest, zero), out, rest);
-      add(r.pred_out, out, pred);
-      const V restored = pred + rest;
-      pred = select(is_nan(restored), pred, restored);  // infinities stay what they were
-    } else {
-      add(r.pred_out, out, pred);
-    }
-    if (r.clamped) {
-      const V low = splat(r.low, zero), high = splat(r.high, zero);
-      pred = select(pred < low, low, pred);
-      pred = select(pred > high, high, pred) * splat(r.rescale, zero);
-    }
+  if (!r.uses_pred) return;
+  add(r.pred_x, x, pred);
+  if (r.pred_x.used && r.pred_out.used) {
+    // The two products cancel where alpha is small: add back what rounding took from the first and from both factors.
+    V rest = fma(splat(r.pred_x.value, zero), x, zero - pred);
+    rest = fma(splat(r.pred_x_rest, zero), x, rest);
+    rest = fma(splat(r.pred_out_rest, zero), out, rest);
+    add(r.pred_out, out, pred);
+    const V restored = pred + rest;
+    pred = select(is_nan(restored), pred, restored);  // infinities stay what they were
+  } else {
+    add(r.pred_out, out, pred);
+  }
+}
+
+// kResults is 2 where `affine_reads_second`, else 1, and `second` is not made. NaN passes through the clamp, as in
+// torch.clamp.
+template <int kResults, class V, class Load>
+PYGEN_INLINE void affine_row(const AffineStepArgs& args, const AffineRow& r, Load load, V& next, V& pred, V& second) {
+  const V zero{};
+  V x, out, y[2] = {zero, zero};
+  affine_pred(r, load, x, out, pred);
+  if (r.uses_pred && r.clamped) {
+    const V low = splat(r.low, zero), high = splat(r.high, zero);
+    pred = select(pred < low, low, pred);
+    pred = select(pred > high, high, pred) * splat(r.rescale, zero);
   }
   for (int i = 0; i < kResults; ++i) {
     add(r.x[i], x, y[i]);

@@ -10,10 +10,12 @@ from pygen.ops.backend import backend
 from pygen.ops.dynamic_threshold import dynamic_threshold
 from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.philox_normal import philox_normal
+from pygen.patch import accelerate
 
 __version__ = "0.1.0"
 __all__ = [
     "StepPlan",
+    "accelerate",
     "affine_step",
     "backend",
     "doctor",

@@ -338,7 +338,9 @@ class CogVideoXDPMScheduler(_DDIM, diffusers.CogVideoXDPMScheduler):
 
     def _run(self, timestep: int, timestep_back: int | None) -> Iterable[Key]:
         times = self._host("timesteps")
-        return ((t, back if self._before(t) >= 0 else None) for back, t in itertools.pairwise(times))  # the first has none
+        return (
+            (t, back if self._before(t) >= 0 else None) for back, t in itertools.pairwise(times)
+        )  # the first has none
 
     def step(
         self,

@@ -664,7 +664,7 @@ def test_moments_of_samples(
         ({"solver": "rk4"}, "solver must be one of ddpm, "),
         ({"schedule": "quadratic"}, "schedule must be one of linear, "),
         ({"schedule": {"name": "cosine", "shift": 3}}, "schedule 'cosine' has no argument 'shift'; it takes"),
-        ({"eta": 1.0}, "solver 'euler' has no option 'eta'; it takes none"),
+        ({"solver": "flow_heun", "eta": 1.0}, "solver 'flow_heun' has no option 'eta'; it takes none"),
         ({"solver": "unipc", "eta": 1.0}, "solver 'unipc' has no option 'eta'; it takes order, "),
         ({"solver": "unipc", "order": 4}, "order must be 1, 2 or 3, got 4"),
         ({"solver": "unipc", "variant": "bh3"}, "variant must be bh1 or bh2"),

@@ -16,19 +16,21 @@ from torch import Tensor
 
 from pygen.diffusion.rows import PREDICTIONS, columns, conversion
 from pygen.diffusion.schedules import Array, Schedule, make_schedule
-from pygen.diffusion.solvers import SOLVERS, Grid
+from pygen.diffusion.solvers import SOLVERS, Grid, SolverStep
+from pygen.diffusion.solvers.base import Point, direction
 from pygen.ops.affine_step import COLUMNS, HISTORY_COLUMN, MAX_HISTORY, make_table
 
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """The steps of a solver over a grid of times, as ``affine_step`` executes them.
+    """The steps of a solver over a grid of times, as ``affine_step`` executes them: one per evaluation of the model.
 
     table: float64 (steps, columns), see ``pygen.ops.affine_step.COLUMNS``.
-    times: float64 (steps + 1,), decreasing; the model is evaluated at all but the last.
+    times: float64 (steps + 1,), those of the evaluations and the end of the trajectory.
     timesteps: what the model is told at each step: int64 where the schedule counts training steps, else float32.
     history: how many previous predictions a row may read: m_{i-1}, m_{i-2}, ...
     carries: whether each row makes a second result that the next row reads, as its last history term.
+    remembers_second: whether the history is of second results instead of predictions.
     initial_scale: standard deviation of the sample at the first time.
     """
 
@@ -39,6 +41,7 @@ class StepPlan:
     table: Tensor
     history: int
     carries: bool
+    remembers_second: bool
     initial_scale: float
 
     @property
@@ -83,8 +86,8 @@ def plan(
         times: steps + 1 decreasing times, the last the end of the trajectory.
         prediction: what the model returns: "epsilon", "sample" (x_0), "v_prediction" (alpha eps - sigma x_0; Salimans &
             Ho 2022) or "flow" (eps - x_0).
-        guidance: the factor of classifier-free guidance (Ho & Salimans 2022), one or one per step; takes effect in
-            steps that are given an unconditional output.
+        guidance: the factor of classifier-free guidance (Ho & Salimans 2022), one or one per evaluation of the model;
+            takes effect in steps that are given an unconditional output.
         clip: range that the predicted x_0 is clamped to.
         device: where the table will lie.
         options: the solver's own, see its file.
@@ -116,44 +119,61 @@ def plan(
             )
         if steps not in (None, len(grid_times) - 1):
             raise ValueError(f"steps={steps} does not fit times, which makes {len(grid_times) - 1}")
-    count = len(grid_times) - 1
-    guidances = np.atleast_1d(np.asarray(guidance, dtype=np.float64))
-    if guidances.shape not in ((1,), (count,)) or not np.isfinite(guidances).all():
-        raise ValueError(f"guidance must be a finite number, or {count} of them, got {guidance!r}")
     if clip is not None and not (np.shape(clip) == (2,) and clip[0] < clip[1]):
         raise ValueError(f"clip must be a pair (low, high) with low < high, got {clip!r}")
     low, high = (-math.inf, math.inf) if clip is None else clip
 
-    grid = Grid(schedule.alpha(grid_times), schedule.sigma(grid_times))
-    solver_steps = SOLVERS[solver](grid, **options)
+    grid = Grid.of(schedule, grid_times)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        solver_steps = SOLVERS[solver](grid, **options)
+    count = len(solver_steps)
+    guidances = np.atleast_1d(np.asarray(guidance, dtype=np.float64))
+    if guidances.shape not in ((1,), (count,)) or not np.isfinite(guidances).all():
+        raise ValueError(f"guidance must be a finite number, or {count} of them, got {guidance!r}")
+    guided = np.broadcast_to(guidances, count)
+    points = [grid.point(i) if step.at is None else step.at for i, step in enumerate(solver_steps)]
     history = max((len(y.history) for step in solver_steps for y in (step.next, step.carry) if y), default=0)
     carries = any(step.carry is not None for step in solver_steps)
     if history + carries > MAX_HISTORY:
         raise ValueError(f"solver {solver!r} keeps {history + carries} tensors, more than {MAX_HISTORY}")
-    guided = np.broadcast_to(guidances, count)
+    remembers_second = clip is not None and history > 0 and solver_steps[0].epsilon
     rows = []
-    for i, step in enumerate(solver_steps):
-        row = columns(step, *conversion(prediction, grid.alpha[i], grid.sigma[i]), history)
+    for i, (step, point) in enumerate(zip(solver_steps, points, strict=True)):
+        x_0, epsilon = conversion(prediction, point.alpha, point.sigma)
+        if step.epsilon and clip is None:
+            row = columns(step, epsilon, history=history)
+        elif step.epsilon:
+            row = columns(_by_clipped_x_0(step, point), x_0, history=history)
+        else:
+            row = columns(step, x_0, epsilon, history)
+        if not all(map(math.isfinite, row.values())):
+            first, last = ((float(grid.alpha[k]), float(grid.sigma[k])) for k in (0, -1))
+            raise ValueError(
+                f"solver {solver!r} has no finite coefficients for prediction {prediction!r} on these times: "
+                f"(alpha, sigma) runs from {first} to {last}"
+            )
         rows.append(row | {"step": i, "guidance": guided[i], "low": low, "high": high})
-    table = make_table(rows, history + carries)
-    if not np.isfinite(np.delete(table.numpy(), [COLUMNS["low"], COLUMNS["high"]], axis=1)).all():
-        first, last = ((float(grid.alpha[i]), float(grid.sigma[i])) for i in (0, -1))
-        raise ValueError(
-            f"solver {solver!r} has no finite coefficients for prediction {prediction!r} on these times: "
-            f"(alpha, sigma) runs from {first} to {last}"
-        )
 
-    whole = schedule.num_train_timesteps is not None and (grid_times == np.round(grid_times)).all()
+    evaluated = np.array([point.time for point in points])
+    whole = schedule.num_train_timesteps is not None and (evaluated == np.round(evaluated)).all()
     return StepPlan(
         solver=solver,
         schedule=schedule,
-        times=grid_times,
-        timesteps=torch.tensor(grid_times[:-1], dtype=torch.int64 if whole else torch.float32, device=device),
-        table=table.to(device),
+        times=np.append(evaluated, grid_times[-1]),
+        timesteps=torch.tensor(evaluated, dtype=torch.int64 if whole else torch.float32, device=device),
+        table=make_table(rows, history + carries).to(device),
         history=history,
         carries=carries,
-        initial_scale=float(grid.sigma[0]),
+        remembers_second=remembers_second,
+        initial_scale=float(points[0].sigma if solver_steps[0].scale is None else solver_steps[0].scale),
     )
+
+
+def _by_clipped_x_0(step: SolverStep, at: Point) -> SolverStep:
+    """A step that reasons in epsilon, by an x_0 that is clipped: epsilon is the second result, for the history."""
+    epsilon = direction(at)
+    following = replace(step.next, pred=0.0) + step.next.pred * epsilon
+    return SolverStep(following, epsilon)
 
 
 def stack_plans(plans: Sequence[StepPlan]) -> tuple[Tensor, list[int], int]:
@@ -162,7 +182,13 @@ def stack_plans(plans: Sequence[StepPlan]) -> tuple[Tensor, list[int], int]:
     Returns:
         the table, the row at which each plan begins in it, and the number of previous predictions that its rows expect;
         one more history term, the carried one, comes last.
+
+    Raises:
+        ValueError: where a plan remembers second results, since the others remember predictions.
     """
+    for plan in plans:
+        if plan.remembers_second:
+            raise ValueError(f"solver {plan.solver!r} with clip remembers what others do not, and cannot be stacked")
     history = max(plan.history for plan in plans)
     begins = np.cumsum([0] + [plan.steps for plan in plans])
     table = plans[0].table.new_zeros(int(begins[-1]), HISTORY_COLUMN + 2 * (history + 1))

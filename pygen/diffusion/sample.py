@@ -20,7 +20,10 @@ Model = Callable[..., Any]
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback is shown after each step. The loop reuses the tensors: clone what is to be kept."""
+    """What a callback is shown after each step. The loop reuses the tensors: clone what is to be kept.
+
+    prediction: of x_0, or of epsilon from a solver that reasons in it, unless the plan clips.
+    """
 
     step: int
     steps: int
@@ -53,7 +56,10 @@ class Stepper:
     ) -> Tensor:
         """x_{index + 1} from x_index and the model's output; see ``affine_step`` for the arguments."""
         history = self.predictions if self.carried is None else [*self.predictions, self.carried]
-        if self.predictions:  # the newest prediction takes the place of the oldest, which this step still reads
+        second = self.carried
+        if self.plan.remembers_second:
+            second = self.predictions[-1]
+        elif self.predictions:  # the newest takes the place of the oldest, which this step still reads
             pred = self.predictions[-1]
         following = affine_step(
             x,
@@ -67,7 +73,7 @@ class Stepper:
             sample_ids=sample_ids,
             out=out,
             pred=pred,
-            second=self.carried,
+            second=second,
         )
         self.predictions = self.predictions[-1:] + self.predictions[:-1]
         return following
@@ -148,7 +154,8 @@ def sample(
         x.mul_(steps_plan.initial_scale)
 
     stepper = Stepper(steps_plan, x)
-    pred = torch.empty_like(x) if callback is not None and not stepper.predictions else None
+    remembered = stepper.predictions and not steps_plan.remembers_second
+    pred = torch.empty_like(x) if callback is not None and not remembered else None
     for i in range(steps_plan.steps):
         if guided:
             model_input[batch:].copy_(x)

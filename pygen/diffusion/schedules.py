@@ -62,6 +62,22 @@ class Schedule:
             visited = np.round(visited)
         return np.append(visited, self.t_clean)
 
+    def time_of(self, rho: float) -> float:
+        """The time at which sigma / alpha is ``rho``, by bisection: beyond t_max too, where the schedule goes on."""
+
+        def reached(t: float) -> bool:
+            at = np.array(t)
+            return bool(self.sigma(at) >= rho * self.alpha(at)) and bool(self.alpha(at) >= 0)
+
+        low, high = self.t_clean, self.t_max
+        if not reached(high):
+            high = 2 * self.t_max - self.t_clean
+            if not reached(high):
+                raise ValueError(f"schedule {self.name!r} has no time at which sigma / alpha is {rho:g}")
+        while low < (middle := (low + high) / 2) < high:
+            low, high = (low, middle) if reached(middle) else (middle, high)
+        return high
+
 
 def _discrete(name: str, betas: Array, zero_terminal_snr: bool = False) -> Schedule:
     """A variance-preserving schedule from the betas of DDPM: alpha_t^2 = prod_{s <= t} (1 - beta_s)."""

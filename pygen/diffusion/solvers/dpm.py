@@ -12,7 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pygen.diffusion.solvers.base import Grid, Update, phi
+import numpy as np
+
+from pygen.diffusion.solvers.base import (
+    CARRIED,
+    Combination,
+    Grid,
+    Point,
+    SolverStep,
+    Update,
+    X,
+    one_of,
+    phi,
+    usable_order,
+)
 
 ALGORITHM_TYPES = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 SOLVER_TYPES = ("midpoint", "heun")
@@ -107,3 +120,81 @@ def _update(
         one, other = (places[k] for k in range(3) if k != j)
         model[j] += (of_d2 - of_d1 * (one + other)) / ((place - one) * (place - other))
     return Update(x, tuple(model), noise)
+
+
+def dpm_multistep(
+    grid: Grid,
+    *,
+    order: int = 2,
+    algorithm_type: str = "dpmsolver++",
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+) -> list[SolverStep]:
+    """``order``: 1 to 3. ``lower_order_final``: lower it towards the end, as it always is where sigma ends at 0."""
+    one_of((1, 2, 3), order=order)
+    one_of(ALGORITHM_TYPES, algorithm_type=algorithm_type)
+    one_of(SOLVER_TYPES, solver_type=solver_type)
+    steps = []
+    for i in range(grid.steps):
+        usable = usable_order(grid, i, order, lower_order_final)
+        update = multistep_update(grid, i, usable, algorithm_type=algorithm_type, solver_type=solver_type)
+        steps.append(SolverStep(update.of(), epsilon=not algorithm_type.endswith("++")))
+    return steps
+
+
+def block(points: Sequence[Point], algorithm_type: str, solver_type: str, stage_solver_type: str) -> list[SolverStep]:
+    """A singlestep method of order 1 to 3 from the first point to the last, evaluated at all but the last.
+
+    The sample at the start is carried, and the values of the stages are predictions of x_0 in the history: where the
+    method reasons in epsilon, that of a stage follows from its sample, which is again a combination of these.
+    """
+    grid = Grid.through(*points)
+    order = grid.steps
+    basis = np.eye(1 + order)  # the sample at the start, then the predictions of x_0
+    samples, values, steps = [basis[0]], [], []
+    for j in range(order):
+        value = basis[1 + j]
+        if not algorithm_type.endswith("++"):
+            value = (samples[j] - points[j].alpha * value) / points[j].sigma
+        values.append(value)
+        last = j == order - 1
+        x, model, noise = singlestep_update(
+            grid, 0, range(1, j + 1), j + 1,
+            algorithm_type=algorithm_type, solver_type=solver_type if last else stage_solver_type,
+        )  # fmt: skip
+        samples.append(x * basis[0] + np.array(model) @ np.array(values))
+        of_start, *of_pred = samples[-1][: j + 2].tolist()
+        following = Combination(pred=of_pred[-1], history=tuple(of_pred[-2::-1]), noise=noise)
+        start = X if j == 0 else CARRIED
+        steps.append(SolverStep(following + of_start * start, None if last else start, at=points[j]))
+    return steps
+
+
+def dpm_singlestep(
+    grid: Grid,
+    *,
+    order: int = 2,
+    algorithm_type: str = "dpmsolver++",
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+) -> list[SolverStep]:
+    """Groups of ``order`` steps of the grid, of which each ends a step of that order from the first and its stages are
+    evaluated at the others; DPM-Solver-2 and -3, and their ++ (2S) and SDE, with stages where the grid has its times.
+
+    ``lower_order_final``: end with groups that get shorter. A step to sigma = 0 is a group of its own.
+    """
+    one_of((1, 2, 3), order=order)
+    one_of(ALGORITHM_TYPES, algorithm_type=algorithm_type)
+    one_of(SOLVER_TYPES, solver_type=solver_type)
+    orders = [order] * (grid.steps // order)
+    if rest := grid.steps % order:
+        orders.append(rest)
+    elif lower_order_final and order > 1:
+        orders[-1:] = [order - 1, 1]
+    if grid.sigma[-1] == 0 and orders[-1] > 1:
+        orders[-1:] = [orders[-1] - 1, 1]
+    steps: list[SolverStep] = []
+    for size in orders:
+        points = [grid.point(len(steps) + j) for j in range(size + 1)]
+        steps += block(points, algorithm_type, solver_type, solver_type)
+    return steps

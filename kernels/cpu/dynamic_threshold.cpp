@@ -7,8 +7,10 @@
 namespace pygen::PYGEN_ISA {
 namespace {
 
-// The keys of up to kChunk neighbours.
-void make_keys(const AffineRow& row, const ChunkView* term, const DType* dtype, int64_t count, uint32_t* keys) {
+// Adds `count` neighbours to the counts. In the first pass every one of them belongs, later few do.
+template <bool kFirst>
+void count_chunk(const AffineRow& row, const ChunkView* term, const DType* dtype, int64_t count, const Digit& digit,
+                 uint32_t (&counts)[2][kBins]) {
   for (int64_t i = 0; i < count; i += kStrip) {
     const auto load = [&](int t) __attribute__((always_inline)) {
       return load_strip(term[t].data + i * term[t].size, dtype[t]);
@@ -16,8 +18,23 @@ void make_keys(const AffineRow& row, const ChunkView* term, const DType* dtype, 
     Strip x, out, pred;
     affine_pred(row, load, x, out, pred);
     for (int v = 0; v < kStripVectors; ++v) {
-      const U32 key = magnitude_key(pred.v[v]);
-      std::memcpy(keys + i + v * kLanes, &key, sizeof key);
+      const int64_t left = count - i - v * kLanes;
+      if (left <= 0) break;
+      const U32 key = magnitude_key(pred.v[v]), bins = digit.bin(key);
+      uint32_t bin[kLanes];
+      std::memcpy(bin, &bins, sizeof bin);
+      if (kFirst) {
+        for (int lane = 0; lane < std::min<int64_t>(left, kLanes); ++lane) ++counts[lane & 1][bin[lane]];
+        continue;
+      }
+      const U32 settled = digit.settled(key);
+      const uint32_t second = lanes_of(settled == digit.prefix[1]);
+      uint32_t belongs = second | lanes_of(settled == digit.prefix[0]);
+      if (left < kLanes) belongs &= (1u << left) - 1;
+      for (; belongs != 0; belongs &= belongs - 1) {
+        const int lane = __builtin_ctz(belongs);
+        ++counts[digit.which(second >> lane & 1, lane)][bin[lane]];
+      }
     }
   }
 }
@@ -28,8 +45,15 @@ void settle(const DynamicThresholdArgs& args, int64_t sample) {
   const Digit digit(args.pass, selection.prefix);
   for (int which = 0; which < 2; ++which) {
     uint32_t rank = args.pass == 0 ? first_rank(args, selection.counts, which) : selection.rank[which];
-    uint32_t bin = 0;
-    for (uint32_t count; rank >= (count = digit.counted(selection.counts, which, bin)); ++bin) rank -= count;
+    const auto counted = [&](int bin, int bins) {
+      uint32_t sum = 0;
+      for (int i = bin; i < bin + bins; ++i) sum += digit.counted(selection.counts, which, i);
+      return sum;
+    };
+    int bin = 0;
+    for (const int bins : {64, 1}) {
+      for (uint32_t count; rank >= (count = counted(bin, bins)); bin += bins) rank -= count;
+    }
     selection.prefix[which] = digit.append(which, bin);
     selection.rank[which] = rank;
   }
@@ -62,8 +86,9 @@ void dynamic_threshold(const DynamicThresholdArgs& args, int64_t begin, int64_t 
   if (!alone) std::memset(part, 0, sizeof part);
   auto& counts = alone ? selection.counts : part;
 
+  const auto count_neighbours = args.pass == 0 ? count_chunk<true> : count_chunk<false>;
+
   char buffers[kTermHistory][kChunk * sizeof(float)];
-  uint32_t keys[kChunk];
   ChunkView term[kTermHistory];
   DType dtype[kTermHistory];
   for (int t = 0; t < kTermHistory; ++t) dtype[t] = step.term[t].dtype;
@@ -74,10 +99,7 @@ void dynamic_threshold(const DynamicThresholdArgs& args, int64_t begin, int64_t 
       term[t].open(step.term[t], at.offset(step.term[t], step.ndim), inner, count % kStrip == 0, buffers[t]);
       term[t].gather(count);
     }
-    make_keys(row, term, dtype, count, keys);
-    for (int64_t i = 0; i < count; ++i) {
-      digit.count(keys[i], i & 1, [&](uint32_t which, uint32_t bin) { ++counts[which][bin]; });
-    }
+    count_neighbours(row, term, dtype, count, digit, counts);
     at.advance(step.size, step.ndim, count);
   }
 

@@ -82,8 +82,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int i = 0; i < kEight; ++i) {
         if (i >= valid) break;
-        digit.count(magnitude_key(pred.v[i]), threadIdx.x & 1,
-                    [&](uint32_t which, uint32_t bin) { atomicAdd(&selection.counts[which][bin], 1u); });
+        const uint32_t key = magnitude_key(pred.v[i]), settled = digit.settled(key);
+        const bool second = settled == digit.prefix[1];
+        if (!second && settled != digit.prefix[0]) continue;
+        atomicAdd(&selection.counts[digit.which(second, threadIdx.x)][digit.bin(key)], 1u);
       }
     }
     __syncthreads();

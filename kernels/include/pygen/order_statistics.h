@@ -30,14 +30,17 @@ struct Digit {
         prefix{prefix[0], prefix[1]},
         shared(prefix[0] == prefix[1]) {}
 
-  // Calls add(which, bin) if the key belongs to either count. `part` is 0 or 1 in turn: neighbours are often alike, and
-  // would have to wait for each other at one counter.
-  template <class Add>
-  PYGEN_INLINE void count(uint32_t key, uint32_t part, Add add) const {
-    const uint32_t settled = key >> settled_shift;
-    const bool second = settled == prefix[1];
-    if (second || settled == prefix[0]) add(shared ? part : second, key >> shift & mask);
+  template <class U>
+  PYGEN_INLINE U settled(U key) const {
+    return key >> settled_shift;
   }
+  template <class U>
+  PYGEN_INLINE U bin(U key) const {
+    return key >> shift & mask;
+  }
+  // Which of the two counts a key that belongs to the second, or only to the first, adds to. `part` is 0 or 1 in turn:
+  // neighbours are often alike, and would have to wait for each other at one counter.
+  PYGEN_INLINE uint32_t which(bool second, uint32_t part) const { return shared ? part & 1 : second; }
   PYGEN_INLINE uint32_t counted(const uint32_t (&counts)[2][kBins], int which, int bin) const {
     return shared ? counts[0][bin] + counts[1][bin] : counts[which][bin];
   }

@@ -55,6 +55,17 @@ PYGEN_INLINE I32 to_signed(U32 v) { return bits<I32>(v); }
 PYGEN_INLINE U32 select(I32 condition, U32 yes, U32 no) { return condition ? yes : no; }
 PYGEN_INLINE F32 select(I32 condition, F32 yes, F32 no) { return condition ? yes : no; }
 
+// Which lanes a condition holds in, as bits.
+PYGEN_INLINE uint32_t lanes_of(I32 condition) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(bits<__m512i>(condition));
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(bits<__m256>(condition));
+#else
+  return _mm_movemask_ps(bits<__m128>(condition));
+#endif
+}
+
 // The second operand where either is NaN.
 #if defined(__AVX512F__)
 PYGEN_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }

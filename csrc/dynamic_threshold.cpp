@@ -63,6 +63,7 @@ void dynamic_threshold_op(const at::Tensor& x, const std::optional<at::Tensor>& 
   TORCH_CHECK_VALUE(ratio >= 0.0 && ratio <= 1.0, kOp, ": ratio must lie in [0, 1], got ", ratio);
   TORCH_CHECK_VALUE(max_value > 0.0, kOp, ": max_value must be positive, got ", max_value);
   TORCH_CHECK_VALUE(!uncond.has_value() || model_output.has_value(), kOp, ": uncond needs model_output");
+  kernel_dtype(kOp, "x", x);
   DynamicThresholdArgs args{};
   const int64_t width = table.dim() == 2 ? table.size(1) : 0;
   read_rows(kOp, x, table, rows, std::max<int64_t>(0, width - kHistory) / 2, /*most_dims=*/1, args.step);

@@ -73,6 +73,17 @@ def test_samples_through_a_network_obey_the_error_rule_in_any_batch(solver: str)
     assert_error_rule([(in_batches(batch), same[batch], truth) for batch in same], solver)
 
 
+@ALL
+def test_thresholded_samples_are_the_same_in_any_batch(solver: str) -> None:
+    arguments: dict[str, Any] = {"seed": 5, "clip": None, "thresholding": (0.9, 1.5)}
+    whole = draw(solver, 7, **arguments)
+    assert torch.equal(draw(solver, 1, sample_ids=torch.tensor([4]), **arguments), whole[4:5])
+    assert not torch.equal(draw(solver, 7, seed=5, clip=(-1.0, 1.0)), whole)
+    with pygen.backend("reference"):
+        same, truth = (draw(solver, 7, dtype=dtype, **arguments) for dtype in (torch.float32, torch.float64))
+    assert_error_rule([(whole, same, truth)])
+
+
 def test_one_graph_serves_all_steps_solvers_and_rows() -> None:
     plans = [pygen.plan(solver, "cosine", 5, guidance=2.0, clip=(-3, 3), **NOISY.get(solver, {})) for solver in SOLVERS]
     table, begins, history = stack_plans(plans)

@@ -313,6 +313,7 @@ UNIPC = [
     for order in (1, 2, 3)
     for variant in ("bh1", "bh2")
 ]
+THRESHOLDING = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
 PEERS: list[Peer] = [
     *[
         Peer("DDPMScheduler", {"variance_type": variance, "clip_sample": clip}, "ddpm", {"variance": variance}, {})
@@ -333,6 +334,13 @@ PEERS: list[Peer] = [
         Peer("UniPCMultistepScheduler", config | LAST, "unipc", options | {"lower_order_final": False}, {})
         for config, options in UNIPC
     ],
+    Peer("DDPMScheduler", THRESHOLDING, "ddpm", {}, {}),
+    *[
+        Peer("DDIMScheduler", THRESHOLDING, "ddim", step, step)
+        for step in ({"eta": 0.5, "use_clipped_model_output": clipped} for clipped in (False, True))
+    ],
+    Peer("DPMSolverMultistepScheduler", THRESHOLDING, "dpmpp_2m", {}, {}),
+    Peer("UniPCMultistepScheduler", THRESHOLDING, "unipc", {}, {}),
     Peer(
         "UniPCMultistepScheduler", {"solver_order": 2, "disable_corrector": list(range(99))}, "unipc",
         {"corrector": False}, {},
@@ -397,7 +405,10 @@ def test_plan_is_diffusers_own_class(
             schedule["zero_terminal_snr"] = True
         clip = (-1.0, 1.0) if peer.config.get("clip_sample") else None
         times = [*scheduler.timesteps.tolist(), end]
-        plan = pygen.plan(peer.solver, schedule, prediction=prediction, times=times, clip=clip, **peer.options)
+        threshold = (0.9, 1.5) if peer.config.get("thresholding") else None
+        plan = pygen.plan(
+            peer.solver, schedule, prediction=prediction, times=times, clip=clip, thresholding=threshold, **peer.options
+        )
         toy = toy_model(plan, prediction)
         x = draw(SHAPE, torch.float64)
         z = [draw(SHAPE, torch.float64, step) for step in range(steps)]
@@ -686,6 +697,10 @@ def test_moments_of_samples(
         ({"clip": (math.nan, 1.0)}, "clip must be a pair"),
         ({"clip": (1.0,)}, "clip must be a pair"),
         ({"clip": 1.0}, "clip must be a pair"),
+        ({"thresholding": 0.995}, "thresholding must be a pair"),
+        ({"thresholding": (1.5, 2.0)}, "thresholding must be a pair"),
+        ({"thresholding": (0.9, math.nan)}, "thresholding must be a pair"),
+        ({"thresholding": (0.9, 2.0), "clip": (-1.0, 1.0)}, "give clip or thresholding, not both"),
         ({"guidance": [1.0, 2.0]}, "guidance must be a finite number, or 4 of them"),
         ({"guidance": math.inf}, "guidance must be a finite number, or 4 of them"),
         ({"schedule": {"name": "linear", "zero_terminal_snr": True}}, "finite coefficients for prediction 'epsilon'"),

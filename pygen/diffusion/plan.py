@@ -32,6 +32,7 @@ class StepPlan:
     carries: whether each row makes a second result that the next row reads, as its last history term.
     remembers_second: whether the history is of second results instead of predictions.
     initial_scale: standard deviation of the sample at the first time.
+    thresholding: the ratio and the largest threshold of ``dynamic_threshold``, whose factors scale the rows, or None.
     """
 
     solver: str
@@ -43,6 +44,7 @@ class StepPlan:
     carries: bool
     remembers_second: bool
     initial_scale: float
+    thresholding: tuple[float, float] | None
 
     @property
     def steps(self) -> int:
@@ -72,6 +74,7 @@ def plan(
     prediction: str = "epsilon",
     guidance: float | Sequence[float] = 1.0,
     clip: tuple[float, float] | None = None,
+    thresholding: tuple[float, float] | None = None,
     spacing: str = "trailing",
     times: ArrayLike | None = None,
     device: torch.device | str = "cpu",
@@ -88,7 +91,10 @@ def plan(
             Ho 2022) or "flow" (eps - x_0).
         guidance: the factor of classifier-free guidance (Ho & Salimans 2022), one or one per evaluation of the model;
             takes effect in steps that are given an unconditional output.
-        clip: range that the predicted x_0 is clamped to.
+        clip: range that the predicted x_0 is clamped to. Or
+        thresholding: the ratio and the largest threshold of dynamic thresholding (Saharia et al. 2022, section 2.3): a
+            sample's predicted x_0 is clamped to [-s, s] and divided by s, where s is that quantile of its magnitudes,
+            but at least 1.
         device: where the table will lie.
         options: the solver's own, see its file.
 
@@ -121,6 +127,14 @@ def plan(
             raise ValueError(f"steps={steps} does not fit times, which makes {len(grid_times) - 1}")
     if clip is not None and not (np.shape(clip) == (2,) and clip[0] < clip[1]):
         raise ValueError(f"clip must be a pair (low, high) with low < high, got {clip!r}")
+    if thresholding is not None:
+        if not (np.shape(thresholding) == (2,) and 0.0 <= thresholding[0] <= 1.0 <= thresholding[1]):
+            raise ValueError(
+                f"thresholding must be a pair (ratio in [0, 1], largest threshold of at least 1), got {thresholding!r}"
+            )
+        if clip is not None:
+            raise ValueError("give clip or thresholding, not both")
+        clip = (-1.0, 1.0)
     low, high = (-math.inf, math.inf) if clip is None else clip
 
     grid = Grid.of(schedule, grid_times)
@@ -166,6 +180,7 @@ def plan(
         carries=carries,
         remembers_second=remembers_second,
         initial_scale=float(points[0].sigma if solver_steps[0].scale is None else solver_steps[0].scale),
+        thresholding=thresholding,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pygen.diffusion.plan import StepPlan, plan
 from pygen.diffusion.schedules import Schedule
 from pygen.ops.affine_step import affine_step
+from pygen.ops.dynamic_threshold import dynamic_threshold
 from pygen.ops.philox_normal import philox_normal
 from pygen.ops.spec import index_tensor
 
@@ -61,12 +62,18 @@ class Stepper:
             second = self.predictions[-1]
         elif self.predictions:  # the newest takes the place of the oldest, which this step still reads
             pred = self.predictions[-1]
+        table, row = self.plan.table, self.plan.rows[index]
+        scale = None
+        if self.plan.thresholding is not None:
+            ratio, max_value = self.plan.thresholding
+            scale = dynamic_threshold(x, model_output, table, row, uncond=uncond, ratio=ratio, max_value=max_value)
         following = affine_step(
             x,
             model_output,
-            self.plan.table,
-            self.plan.rows[index],
+            table,
+            row,
             uncond=uncond,
+            scale=scale,
             history=history,
             noise=noise,
             seed=seed if self.plan.noisy[index] else None,  # nothing to draw: any memory order will do
@@ -115,7 +122,7 @@ def sample(
         sample_ids: int64 (batch,), whose noise each sample gets; 0, 1, 2, ... where left out.
         generator: draws the noise by ``torch.randn`` instead: first the initial sample, then each noisy step.
         callback: called after each step.
-        options: of ``pygen.plan``: prediction, clip, spacing, times, and the solver's own.
+        options: of ``pygen.plan``: prediction, clip, thresholding, spacing, times, and the solver's own.
 
     Returns:
         The samples, (batch, ...), of ``dtype`` on ``device``.

@@ -55,7 +55,7 @@ def dynamic_threshold(
         ValueError, TypeError, IndexError: naming the argument.
     """
     if out is None:
-        out = x.new_empty((x.shape[0], table.shape[1]), dtype=torch.float32)
+        out = x.new_empty((x.shape[0], table.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
     if use_reference("dynamic_threshold", _BACKENDS, x.device):
         arguments: dict[str, Any] = {"uncond": uncond, "ratio": ratio, "max_value": max_value}
         return out.copy_(dynamic_threshold_reference(x, model_output, table, rows, **arguments)[0])

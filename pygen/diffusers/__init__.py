@@ -12,6 +12,14 @@ from pygen.diffusers.ddpm import (
     RePaintScheduler,
     UnCLIPScheduler,
 )
+from pygen.diffusers.dpm import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepInverseScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+)
 from pygen.diffusers.karras import EulerDiscreteScheduler
 from pygen.diffusers.noise import PhiloxGenerator
 
@@ -24,8 +32,14 @@ __all__ = [
     "DDPMParallelScheduler",
     "DDPMScheduler",
     "DDPMWuerstchenScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
     "EulerDiscreteScheduler",
     "PhiloxGenerator",
     "RePaintScheduler",
+    "SASolverScheduler",
     "UnCLIPScheduler",
+    "UniPCMultistepScheduler",
 ]

@@ -9,7 +9,7 @@ uploaded together, when the first of them is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,6 @@ class FusedScheduler:
     timesteps = HostTensor()
     config: Any
     num_inference_steps: int | None
-    _init_step_index: Callable[[float | Tensor], None]
     _host_values: dict[str, list[float]]
     _tables: dict[tuple[Key, torch.device], tuple[Tensor, Tensor]]
     _step_index: int | None
@@ -93,6 +92,10 @@ class FusedScheduler:
 
     def _index_of_unknown(self, time: float, times: list[float]) -> int:
         raise ValueError(f"timestep must be one of scheduler.timesteps, got {time}")
+
+    def _init_step_index(self, timestep: float | Tensor) -> None:
+        begin = getattr(self, "begin_index", None)
+        self._step_index = self.index_for_timestep(timestep) if begin is None else begin
 
     def _index(self, timestep: float | Tensor) -> int:
         """The index of the present step; the first one is found by its timestep."""

@@ -28,13 +28,25 @@ from pygen.diffusion.solvers.base import (
 from pygen.diffusion.solvers.multistep import lagrange_integrals
 
 
-def adams_update(grid: Grid, i: int, nodes: Sequence[int], tau: float, *, few_steps: bool = True) -> Update:
+def adams_update(
+    grid: Grid, i: int, nodes: Sequence[int], tau: float, *, few_steps: bool = True, epsilon: bool = False
+) -> Update:
     """From i to i + 1 by the predictions of x_0 at ``nodes``: i, i - 1, ... to predict; i + 1, i, ... to correct.
 
     ``few_steps``: with two nodes, the slope has the weight z / 2 of the authors' code in the place of its integral's.
+    ``epsilon``: by the predictions of epsilon instead (section 4.1), against the exponential of lambda alone.
     """
     alpha, sigma = grid.alpha[i], grid.sigma[i]
     next_alpha, next_sigma = grid.alpha[i + 1], grid.sigma[i + 1]
+    if epsilon:
+        x = next_alpha / alpha
+        noise = tau * math.sqrt((sigma * x) ** 2 - next_sigma**2)
+        if len(nodes) == 1:
+            return Update(x, ((1 + tau**2) * (next_sigma - sigma * x),), noise)
+        h = grid.log_snr[i + 1] - grid.log_snr[i]
+        places = (grid.log_snr[list(nodes)] - grid.log_snr[i]) / h
+        weights = -(1 + tau**2) * h * next_sigma * lagrange_integrals(places, h)
+        return Update(x, tuple(weights.tolist()), noise)
     shrink = next_sigma * alpha / (next_alpha * sigma)  # e^-h
     x = next_sigma / sigma * shrink ** (tau**2)
     noise = next_sigma * math.sqrt(1 - shrink ** (2 * tau**2))

@@ -11,13 +11,24 @@ namespace {
 
 constexpr const char* kOp = "affine_step";
 
+NoiseScale parse_noise_scale(c10::string_view name) {
+  for (const NoiseScale kind : {NoiseScale::kFactor, NoiseScale::kVariance, NoiseScale::kLogVariance}) {
+    if (name == kNoiseScaleNames[static_cast<int>(kind)]) return kind;
+  }
+  TORCH_CHECK_VALUE(false, kOp, ": noise_scale_kind must be factor, variance or log_variance, got ", name);
+}
+
 // What a row reads must be there: said here, by name, before anything runs.
 void check_row(const AffineStepArgs& args, const double* row, int64_t index) {
   const bool second = affine_reads_second(args);
   const auto read = [&](Column first, Column other) { return row[first] != 0.0 || (second && row[other] != 0.0); };
   const bool pred = args.pred.data != nullptr || read(kPred0, kPred1);
-  TORCH_CHECK_VALUE(args.term[kTermCond].data != nullptr || !(read(kOut0, kOut1) || (pred && row[kPredOut] != 0.0)),
-                    kOp, ": row ", index, " reads the model output, and model_output is None");
+  const bool reads_out = read(kOut0, kOut1) || (pred && row[kPredOut] != 0.0);
+  TORCH_CHECK_VALUE(args.term[kTermCond].data != nullptr || !reads_out, kOp, ": row ", index,
+                    " reads the model output, and model_output is None");
+  TORCH_CHECK_VALUE(args.term[kTermUncond].data == nullptr || args.term[kTermNegative].data != nullptr || !reads_out ||
+                        row[kNegative] == 0.0,
+                    kOp, ": row ", index, " reads negative, and negative is None");
   TORCH_CHECK_VALUE(args.seed != nullptr || args.term[kTermNoise].data != nullptr || !read(kNoise0, kNoise1), kOp,
                     ": row ", index, " adds noise: give seed or noise");
 }
@@ -31,12 +42,13 @@ void launch(const Gpu& gpu, const AffineStepArgs& args, int64_t) { gpu.run(cuda:
 
 template <class Backend>
 void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_output, const at::Tensor& table,
-                    const at::Tensor& rows, const std::optional<at::Tensor>& uncond, at::TensorList history,
+                    const at::Tensor& rows, const std::optional<at::Tensor>& uncond,
+                    const std::optional<at::Tensor>& negative, at::TensorList history,
                     const std::optional<at::Tensor>& noise, const std::optional<at::Tensor>& noise_scale,
-                    const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& scale,
-                    const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& sample_ids,
-                    const at::Tensor& out, const std::optional<at::Tensor>& pred,
-                    const std::optional<at::Tensor>& second) {
+                    std::optional<c10::string_view> noise_scale_kind, const std::optional<at::Tensor>& mask,
+                    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& seed,
+                    const std::optional<at::Tensor>& sample_ids, const at::Tensor& out,
+                    const std::optional<at::Tensor>& pred, const std::optional<at::Tensor>& second) {
   // Check.
   const int64_t n_history = static_cast<int64_t>(history.size());
   TORCH_CHECK_VALUE(x.dim() >= 1, kOp, ": x must begin with the batch, got a scalar");
@@ -45,11 +57,10 @@ void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_
   read_rows(kOp, x, table, rows, n_history, /*most_dims=*/2, args);
   const bool one_row = rows.numel() == 1;
   TORCH_CHECK_VALUE(!uncond.has_value() || model_output.has_value(), kOp, ": uncond needs model_output");
+  TORCH_CHECK_VALUE(!negative.has_value() || uncond.has_value(), kOp, ": negative needs uncond");
   TORCH_CHECK_VALUE(!(noise.has_value() && seed.has_value()), kOp, ": give noise or seed, not both");
-  if (seed.has_value()) {
-    check_index(kOp, "seed", *seed, at::kLong, x.device());
-    TORCH_CHECK_VALUE(seed->numel() == 1, kOp, ": seed must hold one number, got shape ", seed->sizes());
-  }
+  if (noise_scale_kind.has_value()) args.noise_scale = parse_noise_scale(*noise_scale_kind);
+  if (seed.has_value()) args.seed_stride = sample_stride(kOp, "seed", *seed, x);
   if (sample_ids.has_value()) {
     check_index(kOp, "sample_ids", *sample_ids, at::kLong, x.device());
     TORCH_CHECK_VALUE(sample_ids->dim() == 1 && sample_ids->size(0) == x.size(0), kOp, ": sample_ids must have shape (",
@@ -84,6 +95,7 @@ void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_
   add_input(kTermX, "x", x);
   if (model_output.has_value()) add_input(kTermCond, "model_output", *model_output);
   if (uncond.has_value()) add_input(kTermUncond, "uncond", *uncond);
+  if (negative.has_value()) add_input(kTermNegative, "negative", *negative);
   if (noise.has_value()) add_input(kTermNoise, "noise", *noise);
   if (noise_scale.has_value()) add_input(kTermNoiseScale, "noise_scale", *noise_scale);
   if (mask.has_value()) add_input(kTermMask, "mask", *mask, /*allow_bool=*/true);
@@ -100,7 +112,7 @@ void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_
     }
   };
   check_inputs(x);
-  for (const auto* tensor : {&model_output, &uncond, &noise, &noise_scale, &mask}) {
+  for (const auto* tensor : {&model_output, &uncond, &negative, &noise, &noise_scale, &mask}) {
     if (tensor->has_value()) check_inputs(**tensor);
   }
   for (const at::Tensor& tensor : history) check_inputs(tensor);
@@ -132,9 +144,10 @@ void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_
 }
 
 PYGEN_OP("affine_step", affine_step_op,
-         "(Tensor x, Tensor? model_output, Tensor table, Tensor rows, Tensor? uncond, Tensor[] history, "
-         "Tensor? noise, Tensor? noise_scale, Tensor? mask, Tensor? scale, Tensor? seed, Tensor? sample_ids, "
-         "Tensor(a!) out, Tensor(b!)? pred, Tensor(c!)? second) -> ()")
+         "(Tensor x, Tensor? model_output, Tensor table, Tensor rows, Tensor? uncond, Tensor? negative, "
+         "Tensor[] history, Tensor? noise, Tensor? noise_scale, str? noise_scale_kind, Tensor? mask, Tensor? scale, "
+         "Tensor? seed, "
+         "Tensor? sample_ids, Tensor(a!) out, Tensor(b!)? pred, Tensor(c!)? second) -> ()")
 
 }  // namespace
 }  // namespace pygen

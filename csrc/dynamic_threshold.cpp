@@ -56,14 +56,16 @@ void launch(const Gpu& gpu, DynamicThresholdArgs args, at::Device device) {
 
 template <class Backend>
 void dynamic_threshold_op(const at::Tensor& x, const std::optional<at::Tensor>& model_output, const at::Tensor& table,
-                          const at::Tensor& rows, const std::optional<at::Tensor>& uncond, double ratio,
-                          double max_value, const at::Tensor& out) {
+                          const at::Tensor& rows, const std::optional<at::Tensor>& uncond,
+                          const std::optional<at::Tensor>& negative, double ratio, double max_value,
+                          const at::Tensor& out) {
   // Check.
   TORCH_CHECK_VALUE(x.dim() >= 1, kOp, ": x must begin with the batch, got a scalar");
   TORCH_CHECK_VALUE(ratio >= 0.0 && ratio <= 1.0, kOp, ": ratio must lie in [0, 1], got ", ratio);
   TORCH_CHECK_VALUE(max_value > 0.0, kOp, ": max_value must be positive, got ", max_value);
   TORCH_CHECK_VALUE(!uncond.has_value() || model_output.has_value(), kOp, ": uncond needs model_output");
   kernel_dtype(kOp, "x", x);
+  TORCH_CHECK_VALUE(!negative.has_value() || uncond.has_value(), kOp, ": negative needs uncond");
   DynamicThresholdArgs args{};
   const int64_t width = table.dim() == 2 ? table.size(1) : 0;
   read_rows(kOp, x, table, rows, std::max<int64_t>(0, width - kHistory) / 2, /*most_dims=*/1, args.step);
@@ -72,9 +74,9 @@ void dynamic_threshold_op(const at::Tensor& x, const std::optional<at::Tensor>& 
   TORCH_CHECK_VALUE(out.dim() == 2 && out.size(0) == samples && out.size(1) == width, kOp, ": out must have shape (",
                     samples, ", ", width, "), got ", out.sizes());
   at::assert_no_internal_overlap(out);
-  for (const auto* tensor :
-       {&x, model_output.has_value() ? &*model_output : nullptr, uncond.has_value() ? &*uncond : nullptr}) {
-    if (tensor != nullptr) at::assert_no_overlap(out, *tensor);
+  at::assert_no_overlap(out, x);
+  for (const auto* tensor : {&model_output, &uncond, &negative}) {
+    if (tensor->has_value()) at::assert_no_overlap(out, **tensor);
   }
   if (samples == 0) return;
   args.sample_elements = x.numel() / samples;
@@ -92,6 +94,7 @@ void dynamic_threshold_op(const at::Tensor& x, const std::optional<at::Tensor>& 
     space.add_input(kOp, "model_output", args.step.term[kTermCond], *model_output, x.device());
   }
   if (uncond.has_value()) space.add_input(kOp, "uncond", args.step.term[kTermUncond], *uncond, x.device());
+  if (negative.has_value()) space.add_input(kOp, "negative", args.step.term[kTermNegative], *negative, x.device());
   args.step.ndim = space.finish(kOp, args.step.size);
   args.step.n_history = 0;  // none is read
   args.step.pred.data = args.factors = out.mutable_data_ptr<float>();
@@ -103,6 +106,8 @@ void dynamic_threshold_op(const at::Tensor& x, const std::optional<at::Tensor>& 
     check_rows(kOp, args.step, samples, 1, [&](const double* row, int64_t index) {
       TORCH_CHECK_VALUE(row[kPredOut] == 0.0 || model_output.has_value(), kOp, ": row ", index,
                         " reads the model output, and model_output is None");
+      TORCH_CHECK_VALUE(row[kPredOut] == 0.0 || row[kNegative] == 0.0 || !uncond.has_value() || negative.has_value(),
+                        kOp, ": row ", index, " reads negative, and negative is None");
     });
   }
 
@@ -111,8 +116,8 @@ void dynamic_threshold_op(const at::Tensor& x, const std::optional<at::Tensor>& 
 }
 
 PYGEN_OP("dynamic_threshold", dynamic_threshold_op,
-         "(Tensor x, Tensor? model_output, Tensor table, Tensor rows, Tensor? uncond, float ratio, float max_value, "
-         "Tensor(a!) out) -> ()")
+         "(Tensor x, Tensor? model_output, Tensor table, Tensor rows, Tensor? uncond, Tensor? negative, float ratio, "
+         "float max_value, Tensor(a!) out) -> ()")
 
 }  // namespace
 }  // namespace pygen

@@ -42,6 +42,15 @@ inline void check_index(const char* op, const char* name, const at::Tensor& tens
   TORCH_CHECK_TYPE(tensor.scalar_type() == type, op, ": ", name, " must be ", type, ", got ", tensor.scalar_type());
 }
 
+// The same, one for all samples or one for each: the stride between those of two samples.
+inline int64_t sample_stride(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like) {
+  check_index(op, name, tensor, at::kLong, like.device());
+  if (tensor.numel() == 1) return 0;
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == like.size(0), op, ": ", name,
+                    " must hold one number, or one per sample (", like.size(0), "), got shape ", tensor.sizes());
+  return tensor.stride(0);
+}
+
 inline void check_no_grad(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(!(at::GradMode::is_enabled() && tensor.requires_grad()), op, " is not differentiable, and ", name,
               " requires grad: call it under torch.no_grad()");

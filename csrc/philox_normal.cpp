@@ -22,11 +22,9 @@ void philox_normal_op(const at::Tensor& out, const at::Tensor& seed, const at::T
                       const std::optional<at::Tensor>& sample_ids, int64_t draw) {
   // Check.
   TORCH_CHECK_VALUE(out.dim() >= 1, kOp, ": the shape must begin with the batch, got a scalar");
-  check_index(kOp, "seed", seed, at::kLong, out.device());
-  check_index(kOp, "step", step, at::kLong, out.device());
-  TORCH_CHECK_VALUE(seed.numel() == 1, kOp, ": seed must hold one number, got shape ", seed.sizes());
-  TORCH_CHECK_VALUE(step.numel() == 1 || (step.dim() == 1 && step.size(0) == out.size(0)), kOp,
-                    ": step must hold one number, or one per sample (", out.size(0), "), got shape ", step.sizes());
+  PhiloxNormalArgs args{};
+  args.seed_stride = sample_stride(kOp, "seed", seed, out);
+  args.step_stride = sample_stride(kOp, "step", step, out);
   TORCH_CHECK_VALUE(draw >= 0 && draw < 1 << 16, kOp, ": draw must lie in [0, 65536), got ", draw);
   if (sample_ids.has_value()) {
     check_index(kOp, "sample_ids", *sample_ids, at::kLong, out.device());
@@ -38,7 +36,6 @@ void philox_normal_op(const at::Tensor& out, const at::Tensor& seed, const at::T
   if (out.numel() == 0) return;
 
   // Describe.
-  PhiloxNormalArgs args{};
   c10::SmallVector<int64_t, kMaxDims> dims;
   for (int64_t d = 0; d < out.dim(); ++d) dims.push_back(d);
   IterationSpace space(out.sizes(), dims, /*leading=*/1, /*keep_order=*/true);
@@ -47,7 +44,6 @@ void philox_normal_op(const at::Tensor& out, const at::Tensor& seed, const at::T
   args.draw = static_cast<uint32_t>(draw);
   args.seed = seed.const_data_ptr<int64_t>();
   args.step = step.const_data_ptr<int64_t>();
-  args.step_stride = step.numel() == 1 ? 0 : step.stride(0);
   if (sample_ids.has_value()) {
     args.sample_ids = sample_ids->const_data_ptr<int64_t>();
     args.sample_ids_stride = sample_ids->stride(0);

@@ -34,6 +34,28 @@ def test_noise_per_token_follows_each_tokens_row() -> None:
         assert torch.equal(drawn[0, step], whole[0, step])
 
 
+def test_seeds_of_the_samples_are_their_own(isa: str) -> None:
+    x, seeds = torch.randn(3, 5, 7), torch.tensor([4, -1, 2**62])
+    table, first = make_table([{"x0": 0.5, "noise0": 1.0, "step": 3}]), torch.tensor([0])
+    together = pygen.affine_step(x, None, table, ZERO, seed=seeds)
+    same = pygen.affine_step(x, None, table, ZERO, seed=torch.tensor([9, 9, 9]))
+    assert torch.equal(same, pygen.affine_step(x, None, table, ZERO, seed=torch.tensor([9])))
+    for i in range(3):
+        own = {"seed": seeds[i : i + 1], "sample_ids": first + i}
+        assert torch.equal(pygen.affine_step(x[i : i + 1], None, table, ZERO, **own), together[i : i + 1])
+
+
+def test_learned_range_is_one_row() -> None:
+    """log s^2 from min to max as v goes from -1 to 1 (Nichol & Dhariwal 2021)."""
+    x, output, z = torch.zeros(2, 3, 8, 8), torch.randn(2, 6, 8, 8).clamp(-1, 1), torch.randn(2, 3, 8, 8)
+    low, high, v = -9.0, -4.0, output[:, 3:]
+    table = make_table([{"noise0": 1.0, "log_var_shift": (high + low) / 2, "log_var_scale": (high - low) / 2}])
+    ours = pygen.affine_step(x, None, table, ZERO, noise=z, noise_scale=v, noise_scale_kind="log_variance")
+    share = (v.double() + 1) / 2
+    expected = torch.exp(0.5 * (share * high + (1 - share) * low)) * z
+    torch.testing.assert_close(ours, expected.float(), rtol=2e-6, atol=0)
+
+
 def test_row_scale_reaches_each_coefficient() -> None:
     x = torch.randn(2, 6)
     table = make_table([{"x0": 2.0, "pred_x": 1.0, "pred0": 1.0, "low": -1.0, "high": 1.0}])
@@ -82,6 +104,8 @@ def test_offsets_beyond_32_bits() -> None:
 X = torch.ones(2, 8)
 READS_ALL = make_table([{"x0": 1.0, "out0": 1.0, "noise0": 1.0, "h0_0": 1.0}], n_history=1)
 
+READS_THIRD = make_table([{"x0": 1.0, "out0": 1.0, "noise0": 1.0, "negative": 1.0}], n_history=1)
+
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
@@ -92,6 +116,13 @@ READS_ALL = make_table([{"x0": 1.0, "out0": 1.0, "noise0": 1.0, "h0_0": 1.0}], n
         ({"model_output": X.long()}, TypeError, "model_output must be float32, bfloat16 or float16"),
         ({"model_output": None}, ValueError, "row 0 reads the model output, and model_output is None"),
         ({"model_output": None, "uncond": X}, ValueError, "uncond needs model_output"),
+        ({"negative": X}, ValueError, "negative needs uncond"),
+        ({"uncond": X, "table": READS_THIRD}, ValueError, "row 0 reads negative, and negative is None"),
+        (
+            {"noise_scale": X, "noise_scale_kind": "deviation"},
+            ValueError,
+            "noise_scale_kind must be factor, variance or log_variance",
+        ),
         ({"table": READS_ALL.float()}, TypeError, "table must be Double"),
         ({"table": READS_ALL[0]}, ValueError, "table must have shape"),
         ({"history": []}, ValueError, "table must have shape .* for 0 history terms"),
@@ -102,7 +133,7 @@ READS_ALL = make_table([{"x0": 1.0, "out0": 1.0, "noise0": 1.0, "h0_0": 1.0}], n
         ({"rows": torch.tensor([0], dtype=torch.int32)}, TypeError, "rows must be Long"),
         ({"noise": None}, ValueError, "row 0 adds noise: give seed or noise"),
         ({"seed": torch.tensor([1])}, ValueError, "give noise or seed, not both"),
-        ({"noise": None, "seed": torch.tensor([1, 2])}, ValueError, "seed must hold one number"),
+        ({"noise": None, "seed": torch.tensor([1, 2, 3])}, ValueError, "seed must hold one number, or one per sample"),
         ({"sample_ids": torch.tensor([1])}, ValueError, "sample_ids must have shape"),
         ({"scale": torch.ones(2, 3)}, ValueError, "scale must have shape"),
         ({"mask": X.long()}, TypeError, "mask must be float32, bfloat16 or float16 or bool"),

@@ -77,6 +77,12 @@ def test_seed_step_sample_and_draw_are_independent_streams() -> None:
     assert len(torch.cat(draws).unique(dim=0)) == len(draws)
 
 
+def test_seeds_of_the_samples_are_their_own(isa: str) -> None:
+    together = pygen.philox_normal((3, 5, 401), seed=torch.tensor([4, -1, 2**62]))
+    for i, seed in enumerate((4, -1, 2**62)):
+        assert torch.equal(pygen.philox_normal((3, 5, 401), seed=seed)[i], together[i])
+
+
 def test_seeds_are_taken_modulo_two_to_the_64() -> None:
     assert torch.equal(pygen.philox_normal((1, 8), seed=-1), pygen.philox_normal((1, 8), seed=(1 << 64) - 1))
 
@@ -95,7 +101,7 @@ def test_offsets_beyond_32_bits() -> None:
         ({"out": torch.empty(2, 3)}, ValueError, "size .* is not the shape of out"),
         ({"size": ()}, ValueError, "the shape must begin with the batch"),
         ({"dtype": torch.float64}, TypeError, "out must be float32, bfloat16 or float16"),
-        ({"seed": torch.tensor([1, 2])}, ValueError, "seed must hold one number"),
+        ({"seed": torch.tensor([1, 2, 3])}, ValueError, "seed must hold one number, or one per sample"),
         ({"seed": torch.tensor(1.0)}, TypeError, "seed must be Long"),
         ({"step": torch.tensor([1, 2, 3])}, ValueError, "step must hold one number, or one per sample"),
         ({"sample_ids": torch.tensor([1])}, ValueError, "sample_ids must have shape"),

@@ -101,7 +101,8 @@ void affine_step(const AffineStepArgs& args, int64_t begin, int64_t end) {
     }
     if (by_philox && row.draws) {
       const auto id = args.sample_ids ? args.sample_ids[sample * args.sample_ids_stride] : sample;
-      const PhiloxKey key{static_cast<uint64_t>(*args.seed), kDrawAffineStep, row.step, static_cast<uint32_t>(id)};
+      const PhiloxKey key{static_cast<uint64_t>(args.seed[sample * args.seed_stride]), kDrawAffineStep, row.step,
+                          static_cast<uint32_t>(id)};
       const float* z = normals(at.position - sample * sample_size, count, key, noise);
       chunks.term[kTermNoise].data = const_cast<char*>(reinterpret_cast<const char*>(z));
     }

@@ -14,7 +14,7 @@ void philox_normal(const PhiloxNormalArgs& args, int64_t begin, int64_t end) {
   char buffer[kChunk * sizeof(float)];
   for (Cursor at(args.size, args.ndim, begin); at.position < end;) {
     const int64_t sample = at.index[0];
-    PhiloxKey key{static_cast<uint64_t>(*args.seed), args.draw,
+    PhiloxKey key{static_cast<uint64_t>(args.seed[sample * args.seed_stride]), args.draw,
                   static_cast<uint32_t>(args.step[sample * args.step_stride]),
                   static_cast<uint32_t>(args.sample_ids ? args.sample_ids[sample * args.sample_ids_stride] : sample)};
     int64_t count = std::min({args.size[inner] - at.index[inner], end - at.position, kChunk});

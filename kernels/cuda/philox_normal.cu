@@ -11,7 +11,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t sample = blockIdx.x / per_row, begin = blockIdx.x % per_row * per_block;
   const int64_t end = begin + per_block < space.count ? begin + per_block : space.count;
   const PhiloxKey key{
-      static_cast<uint64_t>(*args.seed), args.draw, static_cast<uint32_t>(args.step[sample * args.step_stride]),
+      static_cast<uint64_t>(args.seed[sample * args.seed_stride]), args.draw,
+      static_cast<uint32_t>(args.step[sample * args.step_stride]),
       static_cast<uint32_t>(args.sample_ids ? args.sample_ids[sample * args.sample_ids_stride] : sample)};
   for (int64_t element = begin + threadIdx.x * kEight; element < end; element += blockDim.x * kEight) {
     float z[kEight];

@@ -1,9 +1,12 @@
 """affine_step: one row of a solver's table, executed over a batch in one pass over memory.
 
-    out  = uncond + guidance * (cond - uncond)
+    out  = base * uncond + guidance * (cond - uncond) + negative * (neg - uncond)
     pred = rescale * clamp(pred_x * x + pred_out * out, low, high)
-    y_r  = x_r * x + out_r * out + pred_r * pred + sum_j history_rj * history_j + noise_r * noise_scale * z,   r = 0, 1
+    y_r  = x_r * x + out_r * out + pred_r * pred + sum_j history_rj * history_j + noise_r * s * z,   r = 0, 1
     next = y_0, or (1 - mask) * y_0 + mask * y_1 where there is a mask;     second = y_1
+
+where cond is the model's output, alone where there is no uncond; and s is 1, or what ``noise_scale`` holds: s itself, a
+variance (s = sqrt(v)), or a logarithm of one (s = exp((log_var_shift + log_var_scale * v) / 2)).
 
 The coefficients are the columns of a float64 table, the row of each sample (or token) an integer: nothing that changes
 from step to step is a Python number.
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from pygen.ops.spec import Example, OpSpec, tensor_bytes
 COLUMNS: dict[str, int] = {name: i for i, name in enumerate(_C.AFFINE_COLUMNS)}
 HISTORY_COLUMN = len(COLUMNS)
 MAX_HISTORY: int = _C.MAX_HISTORY
+NoiseScaleKind = Literal["factor", "variance", "log_variance"]
 _BACKENDS = ("reference", "cpu", "cuda")
 
 
@@ -38,9 +42,11 @@ def affine_step(
     rows: Tensor,
     *,
     uncond: Tensor | None = None,
+    negative: Tensor | None = None,
     history: Sequence[Tensor] = (),
     noise: Tensor | None = None,
     noise_scale: Tensor | None = None,
+    noise_scale_kind: NoiseScaleKind = "factor",
     mask: Tensor | None = None,
     scale: Tensor | None = None,
     seed: Tensor | None = None,
@@ -49,7 +55,8 @@ def affine_step(
     pred: Tensor | None = None,
     second: Tensor | None = None,
 ) -> Tensor:
-    """One solver step; see the module's formula. A term whose coefficient is exactly 0 is not read.
+    """One solver step; see the module's formula. A term whose coefficient is exactly 0 is not read; that of uncond is
+    base - guidance - negative.
 
     Elementwise tensors broadcast to x's shape (batch, ...), have any strides, and are float32, bfloat16 or float16,
     each by itself; arithmetic is float32. An output may be the very tensor that an input is, and not a part of one.
@@ -59,12 +66,14 @@ def affine_step(
         model_output: the (conditional) output of the model.
         table: float64 (rows, columns), as ``StepPlan.table``; the columns are ``COLUMNS``, then two per history term.
         rows: int64, one index, or shape (batch,), or (batch, tokens) where x is (batch, tokens, ...).
-        uncond: the unconditional output; without it the guidance column is not used.
+        uncond: the unconditional output; without it the columns base, guidance and negative are not used.
+        negative: a third output (neg), as that for a negative prompt, or for an image without its instruction.
         history: up to 12 tensors.
         noise: z. Or
-        seed: int64, one element: z is drawn by Philox, as ``philox_normal(..., draw=DRAW_AFFINE_STEP)`` with the
-            row's step and ``sample_ids`` (int64 (batch,)) would, without being stored.
-        noise_scale: factor on z.
+        seed: int64, one element or (batch,): z is drawn by Philox, as ``philox_normal(..., draw=DRAW_AFFINE_STEP)``
+            with the row's step and ``sample_ids`` (int64 (batch,)) would, without being stored.
+        noise_scale: the deviation of the noise, read as ``noise_scale_kind`` says: "factor", "variance" or
+            "log_variance".
         mask: blends y_0 (where 0) with y_1 (where 1); may be bool.
         scale: float32 (batch, columns), factors on the coefficients made on the device.
         out: receives next; new where left out.
@@ -80,16 +89,17 @@ def affine_step(
         out = torch.empty_like(x)
     if use_reference("affine_step", _BACKENDS, x.device):
         results = affine_step_reference(
-            x, model_output, table, rows, uncond=uncond, history=history, noise=noise, noise_scale=noise_scale,
-            mask=mask, scale=scale, seed=seed, sample_ids=sample_ids,
+            x, model_output, table, rows, uncond=uncond, negative=negative, history=history, noise=noise,
+            noise_scale=noise_scale, noise_scale_kind=noise_scale_kind, mask=mask, scale=scale, seed=seed,
+            sample_ids=sample_ids,
         )  # fmt: skip
         for tensor, result in zip((out, pred, second), results, strict=True):
             if tensor is not None:
                 tensor.copy_(result)
         return out
     _kernel(
-        x, model_output, table, rows, uncond, history, noise, noise_scale, mask, scale, seed, sample_ids,
-        out, pred, second,
+        x, model_output, table, rows, uncond, negative, history, noise, noise_scale,
+        None if noise_scale is None else noise_scale_kind, mask, scale, seed, sample_ids, out, pred, second,
     )  # fmt: skip
     return out
 
@@ -101,9 +111,11 @@ def affine_step_reference(
     rows: Tensor,
     *,
     uncond: Tensor | None = None,
+    negative: Tensor | None = None,
     history: Sequence[Tensor] = (),
     noise: Tensor | None = None,
     noise_scale: Tensor | None = None,
+    noise_scale_kind: NoiseScaleKind = "factor",
     mask: Tensor | None = None,
     scale: Tensor | None = None,
     seed: Tensor | None = None,
@@ -115,9 +127,12 @@ def affine_step_reference(
     if scale is not None:
         coefficients = coefficients * scale.reshape(len(scale), *[1] * (coefficients.dim() - 2), -1)
 
-    def column(index: int) -> Tensor:
-        values = coefficients[..., index].to(compute)
+    def exact(index: int) -> Tensor:
+        values = coefficients[..., index]
         return values.reshape(values.shape + (1,) * (x.dim() - values.dim()))
+
+    def column(index: int) -> Tensor:
+        return exact(index).to(compute)
 
     def term(coefficient: Tensor, tensor: Tensor | None) -> Tensor:
         """coefficient * tensor, and 0 where the coefficient is, whatever the tensor holds there."""
@@ -129,9 +144,11 @@ def affine_step_reference(
 
     out = model_output
     if uncond is not None and model_output is not None:
-        guidance = column(COLUMNS["guidance"])
-        cond, uncond = model_output.to(compute), uncond.to(compute)
-        out = torch.where(guidance == 1, cond, uncond + term(guidance, cond - uncond))
+        base, guidance, third = (COLUMNS[name] for name in ("base", "guidance", "negative"))
+        unread = exact(base) - exact(guidance) - exact(third) == 0
+        uncond = torch.where(unread, 0, uncond.to(compute))
+        out = term(column(base), uncond) + term(column(guidance), model_output.to(compute) - uncond)
+        out = out + term(column(third), None if negative is None else negative.to(compute) - uncond)
 
     pred = term(column(COLUMNS["pred_x"]), x) + term(column(COLUMNS["pred_out"]), out)
     pred = torch.clamp(pred, column(COLUMNS["low"]), column(COLUMNS["high"])) * column(COLUMNS["rescale"])
@@ -141,7 +158,17 @@ def affine_step_reference(
         steps = step.expand(x.shape[0]) if step.dim() == 1 else step
         z = _philox(x, seed, steps, sample_ids, compute)
     if z is not None and noise_scale is not None:
-        z = z.to(compute) * noise_scale.to(compute)
+        deviation = noise_scale.to(compute)
+        if noise_scale_kind == "variance":
+            deviation = torch.sqrt(deviation)
+        elif noise_scale_kind == "log_variance":
+            log_variance = column(COLUMNS["log_var_shift"]) + column(COLUMNS["log_var_scale"]) * deviation
+            deviation = torch.exp(0.5 * log_variance)
+        elif noise_scale_kind != "factor":
+            raise ValueError(
+                f"affine_step: noise_scale_kind must be factor, variance or log_variance, got {noise_scale_kind}"
+            )
+        z = z.to(compute) * deviation
 
     y = []
     for result in (0, 1):
@@ -180,7 +207,7 @@ def _fake(*arguments: object, **named: object) -> None:
 
 def make_table(rows: Sequence[dict[str, float]], n_history: int = 0) -> Tensor:
     """A table from rows of named columns; ``h<j>_<r>`` names the factor of history term j in y_r."""
-    defaults = {"guidance": 1.0, "low": -math.inf, "high": math.inf, "rescale": 1.0}
+    defaults = {"base": 1.0, "guidance": 1.0, "low": -math.inf, "high": math.inf, "rescale": 1.0}
     column = COLUMNS | {f"h{j}_{r}": HISTORY_COLUMN + 2 * j + r for j in range(n_history) for r in (0, 1)}
     table = np.zeros((len(rows), len(column)))
     for values, row in zip(table, rows, strict=True):
@@ -223,6 +250,14 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         }  # fmt: skip
 
     table = make_table([full, clamped, plain, unconditional], n_history=2)
+    learning = make_table(
+        [row | {"log_var_shift": -3.0, "log_var_scale": 1.75} for row in (full, clamped, plain)], n_history=2
+    )
+    # Two guidances at once; rescaled; and where uncond, cond or the third are not read, or nothing is.
+    weights = [(1.0, 7.5, -1.5), (0.7, 5.25, 0.0), (0.5, 0.5, 0.0), (3.5, 2.0, 1.5), (1.0, 0.0, 2.0), (0.0, 0.0, 0.0)]
+    thirds = make_table(
+        [full | dict(zip(("base", "guidance", "negative"), row, strict=True)) for row in weights], n_history=2
+    )
     for count in range(0, 132):
         yield example("every count", table, 1, count, **everything(1, count))
     for row in range(4):
@@ -232,8 +267,26 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     yield example("rows differ", table, *shape, rows=[2, 0, 3, 1, 0], **everything(*shape))
     yield example("rows by token", table, 2, 3, 65, rows=[[0, 1, 2], [3, 1, 0]], **everything(2, 3, 65))
     yield example("tokens without channels", table, 2, 3, rows=[[0, 1, 2], [3, 1, 0]], **everything(2, 3))
+    for row in range(len(weights)):
+        more = everything(*shape) | {"negative": tensor(*shape)}
+        yield example(f"three outputs, row {row}", thirds, *shape, rows=row, **more)
+    more = everything(*shape) | {"negative": tensor(5, 6, 7, 9)[:, ::2], "uncond": tensor(5, 1, 7, 9)}
+    more["scale"] = torch.rand(5, thirds.shape[1], generator=generator) + 0.5
+    yield example("three outputs, rows and scales differ", thirds, *shape, rows=[0, 1, 4, 3, 5], **more)
+    seeds = torch.tensor([3, -1, 2**62, 3, 0])
+    yield example("seeds", table, *shape, **everything(*shape) | {"seed": seeds})
     yield example("sample ids", table, *shape, **everything(*shape) | {"sample_ids": torch.tensor([5, 1, 9, 2**31, 0])})
     yield example("noise given", table, *shape, noise=tensor(*shape), noise_scale=tensor(*shape))
+    for kind in ("variance", "log_variance"):
+        learned = tensor(5, 6, 7, 9)[:, 3:]  # as the second half of a model's channels
+        learned = learned.abs() if kind == "variance" else learned
+        more = everything(*shape) | {"noise_scale": learned, "noise_scale_kind": kind}
+        yield example(f"noise by {kind}", learning, *shape, rows=[0, 1, 2, 1, 0], **more)
+    special = tensor(2, 64)
+    special[:, ::5], special[:, 1::7], special[0, 2::9] = math.nan, math.inf, -math.inf
+    for kind in ("variance", "log_variance"):
+        more = {"noise": tensor(2, 64), "noise_scale": special, "noise_scale_kind": kind}
+        yield example(f"NaN and Inf as {kind}", learning, 2, 64, rows=[0, 2], **more)
     yield example("broadcast", table, *shape, noise=tensor(5, 1, 1, 9), noise_scale=tensor(7, 1))
     yield example("mask", table, *shape, **everything(*shape) | {"mask": torch.rand(5, 1, 7, 9, generator=generator)})
     yield example("bool mask", table, *shape, mask=torch.rand(shape, generator=generator) > 0.5, noise=tensor(*shape))
@@ -257,11 +310,15 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     yield example("in place", table, *shape, x=x, **everything(*shape) | {"out": x})
     ring = [tensor(*shape), tensor(*shape)]
     yield example("history overwritten", table, *shape, history=ring, **everything(*shape) | {"pred": ring[1]})
-    special = tensor(2, 64)
-    special[:, ::5], special[:, 1::7], special[0, 2::9] = math.nan, math.inf, -math.inf
     yield example("NaN and Inf", table, 2, 64, rows=[0, 1], x=special, **everything(2, 64))
     unread = torch.full((2, 64), math.nan, dtype=dtype)
     yield example("unread NaN", table, 2, 64, rows=2, history=[unread, unread], uncond=unread, noise=unread)
+    some = everything(2, 64) | {"uncond": unread, "negative": tensor(2, 64)}
+    yield example("unread NaN in uncond", thirds, 2, 64, rows=[2, 3], **some)
+    some |= {"uncond": tensor(2, 64), "model_output": unread}
+    yield example("unread NaN in cond", thirds, 2, 64, rows=[4, 5], **some)
+    some |= {"negative": unread, "model_output": tensor(2, 64)}
+    yield example("unread NaN in the third", thirds, 2, 64, rows=[1, 2], **some)
     yield example(
         "no model output", make_table([{"x0": 0.5, "noise0": 2.0}]), 2, 9, model_output=None, noise=tensor(2, 9)
     )
@@ -287,7 +344,7 @@ def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
 
 def _bytes_moved(example: Example) -> int:
     a = example.arguments
-    elementwise = ("x", "model_output", "uncond", "noise", "noise_scale", "mask", "out", "pred", "second")
+    elementwise = ("x", "model_output", "uncond", "negative", "noise", "noise_scale", "mask", "out", "pred", "second")
     return tensor_bytes(*(a.get(name) for name in elementwise), *a["history"])
 
 

@@ -29,6 +29,7 @@ def dynamic_threshold(
     rows: Tensor,
     *,
     uncond: Tensor | None = None,
+    negative: Tensor | None = None,
     ratio: float = 0.995,
     max_value: float = 1.0,
     out: Tensor | None = None,
@@ -41,7 +42,7 @@ def dynamic_threshold(
 
     Args:
         x: the state, (batch, ...), in float32, bfloat16 or float16, of any strides.
-        model_output, uncond: broadcast to x, as in ``affine_step``.
+        model_output, uncond, negative: broadcast to x, as in ``affine_step``.
         table: float64 (rows, columns), as in ``affine_step``.
         rows: int64, one index, or shape (batch,).
         ratio: which quantile, in [0, 1].
@@ -57,9 +58,9 @@ def dynamic_threshold(
     if out is None:
         out = x.new_empty((x.shape[0], table.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
     if use_reference("dynamic_threshold", _BACKENDS, x.device):
-        arguments: dict[str, Any] = {"uncond": uncond, "ratio": ratio, "max_value": max_value}
+        arguments: dict[str, Any] = {"uncond": uncond, "negative": negative, "ratio": ratio, "max_value": max_value}
         return out.copy_(dynamic_threshold_reference(x, model_output, table, rows, **arguments)[0])
-    _kernel(x, model_output, table, rows, uncond, ratio, max_value, out)
+    _kernel(x, model_output, table, rows, uncond, negative, ratio, max_value, out)
     return out
 
 
@@ -70,6 +71,7 @@ def dynamic_threshold_reference(
     rows: Tensor,
     *,
     uncond: Tensor | None = None,
+    negative: Tensor | None = None,
     ratio: float = 0.995,
     max_value: float = 1.0,
 ) -> tuple[Tensor]:
@@ -79,7 +81,7 @@ def dynamic_threshold_reference(
         unclamped[:, COLUMNS[name]] = value
     results = [COLUMNS[f"{term}{result}"] for term in ("x", "out", "pred", "noise") for result in (0, 1)]
     unclamped[:, results] = 0.0
-    _, pred, _ = affine_step_reference(x.to(compute), model_output, unclamped, rows, uncond=uncond)
+    _, pred, _ = affine_step_reference(x.to(compute), model_output, unclamped, rows, uncond=uncond, negative=negative)
     s = torch.quantile(pred.abs().flatten(1), ratio, dim=1).clamp(1, max_value)
     factors = torch.ones(x.shape[0], table.shape[1], dtype=compute, device=x.device)
     factors[:, COLUMNS["low"]] = factors[:, COLUMNS["high"]] = s
@@ -127,6 +129,8 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     for row in range(3):
         yield example(f"row {row}", *shape, rows=row)
     yield example("rows differ", *shape, rows=[2, 0, 1, 1, 0])
+    third = make_table([{"base": 0.7, "guidance": 5.0, "negative": -1.5, "pred_x": 1.1, "pred_out": -0.45}], 1)
+    yield example("three outputs", *shape, table=third, negative=tensor(*shape))
     yield example("no guidance", *shape, uncond=None)
     yield example("no model output", *shape, model_output=None, uncond=None, table=make_table([{"pred_x": 1.7}], 1))
     yield example("below 1", *shape, rows=1, ratio=0.1)

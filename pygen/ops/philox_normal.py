@@ -36,7 +36,7 @@ def philox_normal(
 
     Args:
         size: the shape, batch first. Left out where ``out`` is given.
-        seed: 64 bits; an int64 tensor of one element is read when the kernel runs.
+        seed: 64 bits, one for all or an int64 tensor of shape (batch,); a tensor is read when the kernel runs.
         step: a counter, one for all or an int64 tensor of shape (batch,).
         sample_ids: int64 (batch,), taken modulo 2^32; 0, 1, 2, ... where left out.
         draw: tells apart several draws of one step, 0 to 4095 (the bits above name the op that draws).
@@ -89,7 +89,7 @@ def philox_normal_reference(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor]:
     batch, sample_size = size[0], math.prod(size[1:])
-    seed = index_tensor(seed, torch.device("cpu"))
+    seed = index_tensor(seed, torch.device("cpu")).reshape(-1, 1)
     device = seed.device
     step = index_tensor(step, device).expand(batch)
     sample = (torch.arange(batch, device=device) if sample_ids is None else sample_ids) & _WORD
@@ -135,6 +135,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     yield example("channels-last", empty(2, 4, 5, 7).to(memory_format=torch.channels_last), draw=5)
     yield example("sliced", empty(3, 100)[:, 7:90:3], seed=torch.tensor([-1]))
     yield example("misaligned", empty(211)[1:].view(2, 105))
+    yield example("seeds", empty(3, 50), seed=torch.tensor([4, 2**62, -1]))
     yield example(
         "steps and ids", empty(3, 50), step=torch.tensor([4, 0, 9]), sample_ids=torch.tensor([8, 2**32 - 1, 0])
     )

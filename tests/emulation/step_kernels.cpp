@@ -29,10 +29,10 @@ void step(int64_t samples, int64_t tokens, int64_t elements, int64_t stride, DTy
   for (int row = 0; row < 2; ++row) {
     table[row * kColumns + kStep] = row;
     table[row * kColumns + kGuidance] = 2.0;
+    table[row * kColumns + kNegative] = row;
   }
-  std::vector<int64_t> rows(samples * tokens), ids(samples);
+  std::vector<int64_t> rows(samples * tokens), ids(samples), seeds(samples, 7);
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = i % 2;
-  const int64_t seed = 7;
   std::vector<Buffer> buffers;
   const auto make = [&](DType type) {
     buffers.emplace_back(samples, tokens, elements, stride, type);
@@ -42,14 +42,18 @@ void step(int64_t samples, int64_t tokens, int64_t elements, int64_t stride, DTy
   args.ndim = 3;
   args.n_history = kHistoryTerms;
   args.size[0] = samples, args.size[1] = tokens, args.size[2] = elements;
-  for (int term : {+kTermX, +kTermUncond, +kTermCond, +kTermHistory, kTermHistory + 1}) args.term[term] = make(dtype);
+  for (int term = 0; term < kTermHistory + kHistoryTerms; ++term) {
+    if (term != kTermNoise && term != kTermMask) args.term[term] = make(dtype);
+  }
   if (second) args.term[kTermMask] = make(DType::kBool);
   args.next = make(dtype);
   args.pred = make(DType::kFloat32);
   if (second) args.second = make(dtype);
   args.table = table.data(), args.table_stride = kColumns, args.n_rows = 2;
   args.rows = rows.data(), args.rows_stride[0] = tokens, args.rows_stride[1] = 1;
-  args.seed = &seed, args.sample_ids = ids.data(), args.sample_ids_stride = 1;
+  args.seed = seeds.data(), args.seed_stride = 1;
+  args.sample_ids = ids.data(), args.sample_ids_stride = 1;
+  args.noise_scale = NoiseScale::kLogVariance;
   cuda::affine_step(args, nullptr);
 }
 

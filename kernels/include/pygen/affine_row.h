@@ -2,7 +2,7 @@
 #pragma once
 
 #include "pygen/affine_step.h"
-#include "pygen/pack.h"
+#include "pygen/exp.h"
 
 namespace pygen {
 
@@ -15,8 +15,10 @@ struct Coefficient {
 // A row of the table in the arithmetic's own precision, with what it reads.
 struct AffineRow {
   uint32_t step;
-  bool uses_x, uses_out, uses_uncond, uses_cond, uses_pred, clamped, draws;
-  float guidance, low, high, rescale;
+  bool uses_x, uses_out, uses_uncond, plain, uses_pred, clamped, draws;
+  float low, high, rescale;
+  float log_deviation_shift, log_deviation_scale;  // half of the log variance's
+  Coefficient base, guidance, negative;            // the last two unused where the row does not read `out`
   Coefficient pred_x, pred_out;
   float pred_x_rest, pred_out_rest;  // what float lacks of the two
   Coefficient x[2], out[2], pred[2], noise[2];
@@ -39,10 +41,11 @@ PYGEN_INLINE void affine_read_row(const AffineStepArgs& args, int64_t row, int64
   const auto exact = [&](int column) {
     return scale == nullptr ? table[column] : table[column] * scale[column * args.scale_stride[1]];
   };
-  const auto coefficient = [&](int column) {
-    const float value = static_cast<float>(exact(column));
+  const auto rounded = [](double exact) {
+    const float value = static_cast<float>(exact);
     return Coefficient{value, value != 0.0f};
   };
+  const auto coefficient = [&](int column) { return rounded(exact(column)); };
   r.step = static_cast<uint32_t>(static_cast<int64_t>(table[kStep]));
   r.low = static_cast<float>(exact(kLow));
   r.high = static_cast<float>(exact(kHigh));
@@ -65,12 +68,29 @@ PYGEN_INLINE void affine_read_row(const AffineStepArgs& args, int64_t row, int64
   r.uses_x = (r.uses_pred && r.pred_x.used) || r.x[0].used || r.x[1].used;
   r.uses_out = (r.uses_pred && r.pred_out.used) || r.out[0].used || r.out[1].used;
   r.draws = r.noise[0].used || r.noise[1].used;
+  r.log_deviation_shift = static_cast<float>(0.5 * exact(kLogVarShift));
+  r.log_deviation_scale = static_cast<float>(0.5 * exact(kLogVarScale));
   const bool guided = args.term[kTermUncond].data != nullptr;
-  r.guidance = guided ? static_cast<float>(exact(kGuidance)) : 1.0f;
-  r.uses_cond = r.uses_out && r.guidance != 0.0f;
-  r.uses_uncond = r.uses_out && r.guidance != 1.0f;
+  const double base = guided ? exact(kBase) : 1.0, guidance = guided ? exact(kGuidance) : 1.0;
+  const double negative = guided ? exact(kNegative) : 0.0;
+  r.uses_uncond = r.uses_out && base - guidance - negative != 0.0;
+  r.plain = base == 1.0 && negative == 0.0;
+  r.base = rounded(base);
+  r.guidance = r.uses_out ? rounded(guidance) : Coefficient{0.0f, 0};
+  r.negative = r.uses_out ? rounded(negative) : Coefficient{0.0f, 0};
   const bool has_noise = args.seed != nullptr || args.term[kTermNoise].data != nullptr;
-  if ((r.uses_out && args.term[kTermCond].data == nullptr) || (r.draws && !has_noise)) affine_nan_row(r);
+  if ((r.uses_out && args.term[kTermCond].data == nullptr) ||
+      (r.negative.used && args.term[kTermNegative].data == nullptr) || (r.draws && !has_noise)) {
+    affine_nan_row(r);
+  }
+}
+
+// The deviation of the noise from what noise_scale holds.
+template <class V>
+PYGEN_INLINE V affine_deviation(const AffineStepArgs& args, const AffineRow& r, const V& scale) {
+  if (args.noise_scale == NoiseScale::kVariance) return sqrt(scale);
+  if (args.noise_scale == NoiseScale::kFactor) return scale;
+  return exp(fma(splat(r.log_deviation_scale, scale), scale, splat(r.log_deviation_shift, scale)));
 }
 
 // Adds a term where it is used.
@@ -85,10 +105,17 @@ PYGEN_INLINE void affine_pred(const AffineRow& r, Load load, V& x, V& out, V& pr
   const V zero{};
   x = out = pred = zero;
   if (r.uses_x) x = load(kTermX);
-  if (r.uses_uncond) out = load(kTermUncond);
-  if (r.uses_cond) {
-    const V cond = load(kTermCond);
-    out = r.uses_uncond ? fma(splat(r.guidance, zero), cond - out, out) : cond;
+  if (r.plain) [[likely]] {
+    if (r.uses_uncond) out = load(kTermUncond);
+    if (r.guidance.used) {
+      const V cond = load(kTermCond);
+      out = r.uses_uncond ? fma(splat(r.guidance.value, zero), cond - out, out) : cond;
+    }
+  } else {
+    const V uncond = r.uses_uncond ? load(kTermUncond) : zero;
+    add(r.base, uncond, out);
+    if (r.guidance.used) add(r.guidance, load(kTermCond) - uncond, out);
+    if (r.negative.used) add(r.negative, load(kTermNegative) - uncond, out);
   }
   if (!r.uses_pred) return;
   add(r.pred_x, x, pred);
@@ -129,7 +156,7 @@ PYGEN_INLINE void affine_row(const AffineStepArgs& args, const AffineRow& r, Loa
   }
   if (r.draws) {
     V z = load(kTermNoise);
-    if (args.term[kTermNoiseScale].data != nullptr) z = z * load(kTermNoiseScale);
+    if (args.term[kTermNoiseScale].data != nullptr) z = z * affine_deviation(args, r, load(kTermNoiseScale));
     for (int i = 0; i < kResults; ++i) add(r.noise[i], z, y[i]);
   }
   next = y[0];

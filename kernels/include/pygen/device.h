@@ -38,6 +38,9 @@ PYGEN_INLINE uint32_t to_unsigned(float v) { return __float_as_uint(v); }
 PYGEN_INLINE float from_unsigned(uint32_t v) { return __uint_as_float(v); }
 PYGEN_INLINE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PYGEN_INLINE float sqrt(float a) { return __fsqrt_rn(a); }
+PYGEN_INLINE float min(float a, float b) { return a < b ? a : b; }  // the second where either is NaN
+PYGEN_INLINE float max(float a, float b) { return a > b ? a : b; }
+PYGEN_INLINE float power_of_two(float shifted) { return from_unsigned((to_unsigned(shifted) << 23) + 0x3f800000u); }
 
 }  // namespace
 }  // namespace pygen

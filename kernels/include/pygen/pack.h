@@ -48,6 +48,12 @@ PYGEN_INLINE Pack<T, N> operator-(const Pack<T, N>& a) {
   return r;
 }
 template <class T, int N>
+PYGEN_INLINE Pack<T, N> sqrt(const Pack<T, N>& a) {
+  Pack<T, N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = sqrt(a.v[i]);
+  return r;
+}
+template <class T, int N>
 PYGEN_INLINE Pack<T, N> min(const Pack<T, N>& a, const Pack<T, N>& b) {
   Pack<T, N> r;
   for (int i = 0; i < N; ++i) r.v[i] = min(a.v[i], b.v[i]);

@@ -16,11 +16,10 @@ struct PhiloxNormalArgs {
   uint32_t draw;
   int64_t size[kMaxDims];
   Operand out;
-  const int64_t* seed;        // one, read at launch
-  const int64_t* sample_ids;  // one per sample, or null for 0, 1, 2, ...
+  const int64_t* seed;        // one per sample, `seed_stride` apart; read at launch, as the others
   const int64_t* step;        // one per sample, `step_stride` apart
-  int64_t sample_ids_stride;
-  int64_t step_stride;
+  const int64_t* sample_ids;  // one per sample, or null for 0, 1, 2, ...
+  int64_t seed_stride, step_stride, sample_ids_stride;
 };
 
 PYGEN_CPU_KERNEL(philox_normal, PhiloxNormalArgs)

@@ -20,10 +20,21 @@ from pygen.diffusers.dpm import (
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
-from pygen.diffusers.karras import EulerDiscreteScheduler
+from pygen.diffusers.karras import (
+    DPMSolverSDEScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+)
+from pygen.diffusers.multistep import IPNDMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from pygen.diffusers.noise import PhiloxGenerator
+from pygen.diffusers.sde_ve import CMStochasticIterativeScheduler, KarrasVeScheduler, ScoreSdeVeScheduler
 
 __all__ = [
+    "CMStochasticIterativeScheduler",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
     "DDIMInverseScheduler",
@@ -35,11 +46,22 @@ __all__ = [
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KarrasVeScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
     "PhiloxGenerator",
     "RePaintScheduler",
     "SASolverScheduler",
+    "ScoreSdeVeScheduler",
     "UnCLIPScheduler",
     "UniPCMultistepScheduler",
 ]

@@ -24,6 +24,10 @@ Columns = dict[str, float]
 Level = tuple[float, float]  # alpha, sigma
 
 
+def promoted(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    return first if first == second else torch.promote_types(first, second)
+
+
 class HostTensor:
     """A tensor that diffusers' class keeps, of which the host knows the values; assigning it forgets all rows."""
 
@@ -72,16 +76,21 @@ class FusedScheduler:
             values = self._host_values[name] = getattr(self, name).tolist()
         return values
 
+    def _place(self, tensor: Tensor, name: str) -> int | None:
+        """Of which element of a ``HostTensor`` this is a view."""
+        held = self.__dict__.get(name)
+        if isinstance(held, Tensor) and tensor.dtype == held.dtype and held.is_contiguous():
+            offset = tensor.data_ptr() - held.data_ptr()
+            if 0 <= offset < held.nbytes:
+                return offset // held.element_size()
+        return None
+
     def _time(self, timestep: Any) -> Any:
         """A timestep as a number, which takes no waiting for a device where it is a view into ``timesteps``."""
         if not isinstance(timestep, Tensor):
             return timestep
-        times = self.timesteps
-        if isinstance(times, Tensor) and timestep.dtype == times.dtype and times.is_contiguous():
-            offset = timestep.data_ptr() - times.data_ptr()
-            if 0 <= offset < times.nbytes:
-                return self._host("timesteps")[offset // times.element_size()]
-        return timestep.item()
+        place = self._place(timestep, "timesteps")
+        return timestep.item() if place is None else self._host("timesteps")[place]
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """The index of a timestep in the schedule: the second where there are several, as for image to image."""

@@ -33,13 +33,21 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def draw_noise(
-    shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
+    shape: Sequence[int],
+    generator: Generators,
+    device: torch.device,
+    dtype: torch.dtype,
+    drawn_on: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """The arguments of ``affine_step`` that say where a step's noise comes from."""
+    """The arguments of ``affine_step`` that say where a step's noise comes from.
+
+    ``drawn_on``: where torch draws it, if not on the device of the sample.
+    """
     if isinstance(generator, PhiloxGenerator):
         return {"seed": generator.key(device)}
     philox = [one for one in generator if isinstance(one, PhiloxGenerator)] if isinstance(generator, list) else []
     if philox and philox == generator:
         seeds = torch.cat([one.key(device) for one in philox])
         return {"seed": seeds, "sample_ids": torch.zeros_like(seeds)}
-    return {"noise": randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)}
+    noise = randn_tensor(tuple(shape), generator=generator, device=drawn_on or device, dtype=dtype)
+    return {"noise": noise.to(device)}

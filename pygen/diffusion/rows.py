@@ -43,3 +43,13 @@ def columns(step: SolverStep, pred: Factors, epsilon: Factors = (0.0, 0.0), hist
         if y.carry:
             row[f"h{history}_{result}"] = y.carry
     return row
+
+
+def written_out(row: dict[str, float]) -> dict[str, float]:
+    """A row whose results read x and the output instead of the prediction: fewer roundings, where nothing clamps it."""
+    row = dict(row)
+    for result in (0, 1):
+        of_pred = row.pop(f"pred{result}", 0.0)
+        for column, factor in (("x", "pred_x"), ("out", "pred_out")):
+            row[f"{column}{result}"] = row.get(f"{column}{result}", 0.0) + of_pred * row[factor]
+    return row

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pygen.ops.affine_step import affine_step, history_terms, make_table
+from pygen.ops.affine_step import COLUMNS, affine_step, history_terms, make_table
 from pygen.ops.dynamic_threshold import dynamic_threshold
 
 Key = tuple[Hashable, ...]
@@ -26,6 +26,28 @@ Level = tuple[float, float]  # alpha, sigma
 
 def promoted(first: torch.dtype, second: torch.dtype) -> torch.dtype:
     return first if first == second else torch.promote_types(first, second)
+
+
+def tensor_table(columns: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """A table of columns whose values only the device may know: numbers, or tensors that broadcast to one shape.
+
+    Returns:
+        the table, with a row for each element of that shape, and the rows' indices, in that shape.
+    """
+    values = torch.broadcast_tensors(
+        *(torch.as_tensor(value, dtype=torch.float64, device=device) for value in columns.values())
+    )
+    rows = torch.arange(values[0].numel(), device=device).view(values[0].shape)
+    table = make_table([{}]).to(device).repeat(rows.numel(), 1)
+    for name, value in zip(columns, values, strict=True):
+        table[:, COLUMNS[name]] = value.reshape(-1)
+    return table, rows
+
+
+def refuse_index(timestep: float | Tensor) -> None:
+    """Refuse the index of a step in place of its timestep."""
+    if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
+        raise ValueError(f"timestep must be one of scheduler.timesteps, not the index of a step, got {timestep!r}")
 
 
 class HostTensor:
@@ -192,9 +214,15 @@ class FusedScheduler:
 
     def _noised(self, x: Tensor, noise: Tensor, levels: Sequence[Level]) -> Tensor:
         """alpha x + sigma noise, each sample at its own of ``levels`` (alpha, sigma), or all at the one given."""
-        table = make_table([{"x0": alpha, "noise0": sigma} for alpha, sigma in levels]).to(x.device)
-        out = torch.empty_like(x, dtype=torch.result_type(x, noise))
-        return affine_step(x, None, table, torch.arange(len(levels), device=x.device), noise=noise, out=out)
+        alpha, sigma = torch.tensor(levels, dtype=torch.float64).unbind(1)
+        return self._mixed(x, noise, alpha, sigma)
+
+    def _mixed(self, x: Tensor, noise: Tensor, alpha: Any, sigma: Any) -> Tensor:
+        """alpha x + sigma noise; numbers, or tensors of one number, one per sample or one per (sample, token)."""
+        table, rows = tensor_table({"x0": alpha, "noise0": sigma}, x.device)
+        if rows.numel() > 1:
+            rows = rows.expand(x.shape[: rows.dim()])
+        return self._execute(table, rows, x, noise={"noise": noise}, dtype=torch.result_type(x, noise))[0]
 
 
 class OfTimestep(FusedScheduler):
@@ -237,8 +265,8 @@ class OfTimestep(FusedScheduler):
         return self._noised(sample, noise, [(-sigma, alpha) for alpha, sigma in levels])
 
 
-class OfIndex(FusedScheduler):
-    """Schedulers whose steps are keyed by their index in ``sigmas``."""
+class OnSigmas(FusedScheduler):
+    """Schedulers that walk a grid of sigmas."""
 
     sigmas = HostTensor()
     begin_index: int | None
@@ -248,10 +276,16 @@ class OfIndex(FusedScheduler):
         """(alpha, sigma) at an index."""
         return 1.0, self._host("sigmas")[index]
 
+    def _levels(self, timesteps: Tensor) -> list[Level]:
+        """Those of timesteps, or the one of the scheduler's present or first step if it has one."""
+        if self.begin_index is None:
+            return [self._level(self.index_for_timestep(t)) for t in timesteps.reshape(-1)]
+        return [self._level(self.begin_index if self.step_index is None else self.step_index)]
+
+
+class OfIndex(OnSigmas):
+    """Those of them whose samples are noised by ``add_noise``."""
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x_0 + sigma noise, at the scheduler's present or first step if it has one, else by timestep."""
-        if self.begin_index is None:
-            indices = [self.index_for_timestep(t) for t in timesteps.reshape(-1)]
-        else:
-            indices = [self.begin_index if self.step_index is None else self.step_index]
-        return self._noised(original_samples, noise, [self._level(i) for i in indices])
+        return self._noised(original_samples, noise, self._levels(timesteps))

@@ -1,5 +1,6 @@
 """Drop-in schedulers: diffusers' class names, configurations and steps, on one fused call each."""
 
+from pygen.diffusers.consistency import HeliosDMDScheduler, LCMScheduler, SCMScheduler, TCDScheduler
 from pygen.diffusers.ddpm import (
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
@@ -65,11 +66,13 @@ __all__ = [
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",
+    "HeliosDMDScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "KarrasVeScheduler",
+    "LCMScheduler",
     "LMSDiscreteScheduler",
     "LTXEulerAncestralRFScheduler",
     "MiniMaxH3Scheduler",
@@ -79,7 +82,9 @@ __all__ = [
     "RFD4ProteinaScheduler",
     "RePaintScheduler",
     "SASolverScheduler",
+    "SCMScheduler",
     "ScoreSdeVeScheduler",
+    "TCDScheduler",
     "UnCLIPScheduler",
     "UniPCMultistepScheduler",
 ]

@@ -50,6 +50,11 @@ def refuse_index(timestep: float | Tensor) -> None:
         raise ValueError(f"timestep must be one of scheduler.timesteps, not the index of a step, got {timestep!r}")
 
 
+def returned(output: type, prev_sample: Tensor, return_dict: bool) -> Any:
+    """What a step gives back that makes nothing but a sample."""
+    return output(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+
 class HostTensor:
     """A tensor that diffusers' class keeps, of which the host knows the values; assigning it forgets all rows."""
 

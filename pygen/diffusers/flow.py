@@ -27,6 +27,7 @@ from pygen.diffusers.base import (
     Level,
     OnSigmas,
     refuse_index,
+    returned,
     tensor_table,
 )
 from pygen.diffusers.noise import Generators, draw_noise
@@ -36,10 +37,6 @@ from pygen.ops.affine_step import MAX_HISTORY
 def _renoised(sigma: Any, following: Any) -> dict[str, Any]:
     """x_0 = x - sigma v, noised anew: multistep consistency sampling (Song et al. 2023, algorithm 1)."""
     return {"x0": 1.0 - following, "out0": -(1.0 - following) * sigma, "noise0": following}
-
-
-def _returned(output: type, prev_sample: Tensor, return_dict: bool) -> Any:
-    return output(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
 
 class _Flow(OnSigmas):
@@ -113,7 +110,7 @@ class FlowMatchEulerDiscreteScheduler(_FlowMatch, diffusers.FlowMatchEulerDiscre
             rows, dtype = self._token_rows(index, per_token_timesteps, sample), torch.float32
         prev_sample = self._execute(*rows, sample, model_output, dtype=dtype, noise=noise)[0]
         self._step_index = index + 1
-        return _returned(FlowMatchEulerDiscreteSchedulerOutput, prev_sample, return_dict)
+        return returned(FlowMatchEulerDiscreteSchedulerOutput, prev_sample, return_dict)
 
 
 class FlowMatchHeunDiscreteScheduler(_Flow, diffusers.FlowMatchHeunDiscreteScheduler):
@@ -182,7 +179,7 @@ class FlowMatchHeunDiscreteScheduler(_Flow, diffusers.FlowMatchHeunDiscreteSched
             )[0]
             self.prev_derivative = self.dt = self.sample = None
         self._step_index = index + 1
-        return _returned(FlowMatchHeunDiscreteSchedulerOutput, prev_sample, return_dict)
+        return returned(FlowMatchHeunDiscreteSchedulerOutput, prev_sample, return_dict)
 
 
 class FlowMatchLCMScheduler(_FlowMatch, diffusers.FlowMatchLCMScheduler):
@@ -227,7 +224,7 @@ class FlowMatchLCMScheduler(_FlowMatch, diffusers.FlowMatchLCMScheduler):
         noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
         prev_sample = self._fused((kind, index), sample, out, dtype=model_output.dtype, noise=noise)[0]
         self._step_index = index + 1
-        return _returned(FlowMatchLCMSchedulerOutput, prev_sample, return_dict)
+        return returned(FlowMatchLCMSchedulerOutput, prev_sample, return_dict)
 
 
 class FlowMapEulerDiscreteScheduler(_Flow, diffusers.FlowMapEulerDiscreteScheduler):
@@ -287,7 +284,7 @@ class FlowMapEulerDiscreteScheduler(_Flow, diffusers.FlowMapEulerDiscreteSchedul
             rows = self._find((sigma, following), sample.device)
         prev_sample = self._execute(*rows, sample, model_output, dtype=model_output.dtype)[0]
         self._step_index += 1
-        return _returned(FlowMapEulerDiscreteSchedulerOutput, prev_sample, return_dict)
+        return returned(FlowMapEulerDiscreteSchedulerOutput, prev_sample, return_dict)
 
 
 class LTXEulerAncestralRFScheduler(_Flow, diffusers.LTXEulerAncestralRFScheduler):
@@ -326,7 +323,7 @@ class LTXEulerAncestralRFScheduler(_Flow, diffusers.LTXEulerAncestralRFScheduler
             noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
         prev_sample = self._fused((index,), sample, model_output, noise=noise)[0]
         self._step_index = after
-        return _returned(LTXEulerAncestralRFSchedulerOutput, prev_sample, return_dict)
+        return returned(LTXEulerAncestralRFSchedulerOutput, prev_sample, return_dict)
 
 
 class MiniMaxH3Scheduler(_Flow, diffusers.MiniMaxH3Scheduler):
@@ -362,7 +359,7 @@ class MiniMaxH3Scheduler(_Flow, diffusers.MiniMaxH3Scheduler):
             rows = self._find((index, self._time(timestep)), sample.device)
         prev_sample = self._execute(*rows, sample, model_output)[0]
         self._step_index = index + 1
-        return _returned(MiniMaxH3SchedulerOutput, prev_sample, return_dict)
+        return returned(MiniMaxH3SchedulerOutput, prev_sample, return_dict)
 
 
 class PiflowScheduler(_Flow, diffusers.PiflowScheduler):
@@ -426,7 +423,7 @@ class PiflowScheduler(_Flow, diffusers.PiflowScheduler):
             part = grid[start : start + MAX_HISTORY]
             prev_sample = self._fused((index, start), prev_sample, dtype=dtype, history=part)[0]
         self._step_index = index + 1
-        return _returned(PiflowSchedulerOutput, prev_sample, return_dict)
+        return returned(PiflowSchedulerOutput, prev_sample, return_dict)
 
 
 class RFD4ProteinaScheduler(FusedScheduler, diffusers.RFD4ProteinaScheduler):
@@ -498,4 +495,4 @@ class RFD4ProteinaScheduler(FusedScheduler, diffusers.RFD4ProteinaScheduler):
             dtype=sample.dtype if time == 0 else torch.float32,
         )[0]  # fmt: skip
         self._step_index = index + 1
-        return _returned(RFD4ProteinaSchedulerOutput, prev_sample, return_dict)
+        return returned(RFD4ProteinaSchedulerOutput, prev_sample, return_dict)

@@ -1,0 +1,234 @@
+"""Few-step samplers, whose models jump to the data: x_0 is predicted, then noised anew."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_helios_dmd import HeliosDMDScheduler as DiffusersHeliosDMDScheduler
+from diffusers.schedulers.scheduling_helios_dmd import HeliosDMDSchedulerOutput
+from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
+from diffusers.schedulers.scheduling_scm import SCMSchedulerOutput
+from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
+from torch import Tensor
+
+from pygen.diffusers.base import Columns, FusedScheduler, Key, OfTimestep, OnSigmas, returned
+from pygen.diffusers.noise import Generators, draw_noise
+from pygen.diffusion.rows import conversion
+
+
+class _OfTimestepAndIndex(OfTimestep):
+    """Steps that begin at the given timestep, and end at the one of the schedule that is next by count."""
+
+    def _check(self) -> None:
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps after creating the scheduler")
+
+    def _run(self, timestep: int, index: int, *options: float) -> Iterable[Key]:
+        return ((t, i, *options) for i, t in enumerate(self._host("timesteps")))
+
+    def _end(self, index: int, last: int) -> int:
+        """The timestep at which the step of an index ends; ``last`` for the last."""
+        times = self._host("timesteps")
+        return times[index + 1] if index + 1 < len(times) else last
+
+    def _is_last(self, index: int) -> bool:
+        """Whether a step adds no noise; diffusers counts the timesteps that ``strength`` leaves out, too."""
+        return self.num_inference_steps is not None and index == self.num_inference_steps - 1
+
+
+class LCMScheduler(_OfTimestepAndIndex, diffusers.LCMScheduler):
+    """Latent consistency models (Luo et al. 2023, algorithm 3)."""
+
+    def _row(self, timestep: int, index: int) -> Columns:
+        pred_x, pred_out = conversion(self.config.prediction_type, *self._level(timestep))[0]
+        skip, out = self.get_scalings_for_boundary_condition_discrete(timestep)
+        alpha, sigma = (1.0, 0.0) if self._is_last(index) else self._level_before(self._end(index, timestep))
+        return {
+            "step": index, "pred_x": pred_x, "pred_out": pred_out, **self._clip(),
+            "x0": alpha * skip, "pred0": alpha * out, "noise0": sigma,
+            "x1": skip, "pred1": out,
+        }  # fmt: skip
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
+        self._check()
+        index = self._index(timestep)
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        noise = None
+        if not self._is_last(index):
+            noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
+        prev_sample, _, denoised = self._fused(
+            (self._time(timestep), index), sample, model_output,
+            dtype=dtype, second=dtype, noise=noise, threshold=self._thresholds,
+        )  # fmt: skip
+        self._step_index = index + 1
+        if not return_dict:
+            return prev_sample, denoised
+        return LCMSchedulerOutput(prev_sample=prev_sample, denoised=denoised)
+
+
+class TCDScheduler(_OfTimestepAndIndex, diffusers.TCDScheduler):
+    """Trajectory consistency distillation (Zheng et al. 2024, algorithm 4): past the next timestep along the predicted
+    path, and back to it by noise. As in diffusers, clip_sample and thresholding change nothing."""
+
+    def _row(self, timestep: int, index: int, eta: float) -> Columns:
+        end = self._end(index, 0)
+        between = math.floor(np.float32(1.0 - eta) * np.float32(end))  # in float32, as diffusers has it
+        alpha, sigma = self._level(between)
+        (x_in_x0, out_in_x0), (x_in_eps, out_in_eps) = conversion(self.config.prediction_type, *self._level(timestep))
+        of_x, of_out = alpha * x_in_x0 + sigma * x_in_eps, alpha * out_in_x0 + sigma * out_in_eps
+        kept = 1.0
+        if eta > 0 and not self._is_last(index):
+            kept = self._level_before(end)[0] / alpha
+        return {
+            "step": index,
+            "x0": kept * of_x, "out0": kept * of_out, "noise0": (1.0 - kept**2) ** 0.5,
+            "x1": of_x, "out1": of_out,
+        }  # fmt: skip
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.3,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> TCDSchedulerOutput | tuple[Tensor, Tensor]:
+        self._check()
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {eta!r}")
+        index = self._index(timestep)
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        noise = None
+        if eta > 0 and not self._is_last(index):
+            noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
+        prev_sample, _, pred_noised_sample = self._fused(
+            (self._time(timestep), index, eta), sample, model_output, dtype=dtype, second=dtype, noise=noise
+        )
+        self._step_index = index + 1
+        if not return_dict:
+            return prev_sample, pred_noised_sample
+        return TCDSchedulerOutput(prev_sample=prev_sample, pred_noised_sample=pred_noised_sample)
+
+
+class SCMScheduler(FusedScheduler, diffusers.SCMScheduler):
+    """Continuous-time consistency models (Lu & Song 2024) of TrigFlow, x = cos(t) x_0 + sin(t) z."""
+
+    def _run(self, index: int) -> Iterable[Key]:
+        return ((i,) for i in range(index, len(self._host("timesteps")) - 1))
+
+    def _row(self, index: int) -> Columns:
+        time, following = self._host("timesteps")[index : index + 2]
+        return {
+            "step": index,
+            "x0": math.cos(following) * math.cos(time), "out0": -math.cos(following) * math.sin(time),
+            "noise0": math.sin(following) * self.config.sigma_data,
+            "x1": math.cos(time), "out1": -math.sin(time),
+        }  # fmt: skip
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> Any:
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps after creating the scheduler")
+        if self.config.prediction_type != "trigflow":
+            raise ValueError(f"prediction_type must be trigflow, got {self.config.prediction_type!r}")
+        index = self._index(timestep)
+        # diffusers draws in the default dtype, and its noise decides the dtype of the sample.
+        of_noise = torch.get_default_dtype()
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        prev_sample, _, pred_original_sample = self._fused(
+            (index,), sample, model_output, dtype=torch.promote_types(dtype, of_noise), second=dtype,
+            noise=draw_noise(model_output.shape, generator, model_output.device, of_noise),
+        )  # fmt: skip
+        self._step_index = index + 1
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return SCMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+
+
+class HeliosDMDScheduler(OnSigmas, DiffusersHeliosDMDScheduler):
+    """Helios distilled by distribution matching: a flow's x_0, noised anew by the noise that the stage began with."""
+
+    def _values(self, tensor: Tensor | None, name: str) -> list[float]:
+        """The values of a schedule, which its owner need not be asked for if it is the scheduler's own."""
+        if tensor is None:
+            raise ValueError(f"{name} must be given")
+        own = next((own for own in ("sigmas", "timesteps") if tensor is getattr(self, own)), None)
+        return tensor.tolist() if own is None else self._host(own)
+
+    def _run(self, *key: float) -> Iterable[Key]:
+        times = self._host("timesteps")
+        sigmas = [_nearest(time, times, self._host("sigmas")) for time in times]
+        return [*itertools.pairwise(sigmas), (sigmas[-1], 0.0)]
+
+    def _row(self, sigma: float, following: float) -> Columns:
+        return {"x0": 1.0 - following, "out0": -(1.0 - following) * sigma, "noise0": following}
+
+    def add_noise(
+        self, original_samples: Tensor, noise: Tensor, timestep: Tensor, sigmas: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """(1 - sigma) x_0 + sigma noise, each sample at the sigma whose timestep is nearest to its own."""
+        sigma = _nearest_of_each(timestep, timesteps, sigmas)
+        return self._mixed(original_samples, noise, 1.0 - sigma, sigma).to(noise.dtype)
+
+    def convert_flow_pred_to_x0(
+        self, flow_pred: Tensor, xt: Tensor, timestep: Tensor, sigmas: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """x - sigma v, each sample at the sigma whose timestep is nearest to its own."""
+        return self._mixed(xt, flow_pred, 1.0, -_nearest_of_each(timestep, timesteps, sigmas)).to(flow_pred.dtype)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor | None = None,
+        sample: Tensor | None = None,
+        generator: Generators = None,
+        return_dict: bool = True,
+        cur_sampling_step: int = 0,
+        dmd_noisy_tensor: Tensor | None = None,
+        dmd_sigmas: Tensor | None = None,
+        dmd_timesteps: Tensor | None = None,
+        all_timesteps: Tensor | None = None,
+    ) -> Any:
+        if timestep is None or sample is None:
+            raise ValueError("timestep and sample must be given")
+        sigmas, times = self._values(dmd_sigmas, "dmd_sigmas"), self._values(dmd_timesteps, "dmd_timesteps")
+        visited = self._values(all_timesteps, "all_timesteps")
+        sigma, following = _nearest(self._time(timestep), times, sigmas), 0.0
+        noise, dtype = None, model_output.dtype
+        if cur_sampling_step < len(visited) - 1:
+            if dmd_noisy_tensor is None:
+                raise ValueError("dmd_noisy_tensor must be given before the last step")
+            following = _nearest(visited[cur_sampling_step + 1], times, sigmas)
+            noise, dtype = {"noise": dmd_noisy_tensor}, dmd_noisy_tensor.dtype
+        prev_sample = self._fused((sigma, following), sample, model_output, dtype=dtype, noise=noise)[0]
+        return returned(HeliosDMDSchedulerOutput, prev_sample, return_dict)
+
+
+def _nearest(time: float, times: list[float], sigmas: list[float]) -> float:
+    """The sigma at the timestep that is nearest to a time, of which diffusers drops the fraction."""
+    whole = int(time)
+    return sigmas[min(range(len(times)), key=lambda i: abs(times[i] - whole))]
+
+
+def _nearest_of_each(time: Tensor, times: Tensor, sigmas: Tensor) -> Tensor:
+    return sigmas.double()[(times.double().unsqueeze(0) - time.unsqueeze(1)).abs().argmin(dim=1)].to(time.device)

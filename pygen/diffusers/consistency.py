@@ -19,7 +19,9 @@ from torch import Tensor
 
 from pygen.diffusers.base import Columns, FusedScheduler, Key, OfTimestep, OnSigmas, returned
 from pygen.diffusers.noise import Generators, draw_noise
-from pygen.diffusion.rows import conversion
+from pygen.diffusion.rows import columns, conversion
+from pygen.diffusion.solvers.base import NOISE, PRED, Combination, Point, SolverStep, X
+from pygen.diffusion.solvers.consistency import renoise
 
 
 class _OfTimestepAndIndex(OfTimestep):
@@ -46,14 +48,12 @@ class LCMScheduler(_OfTimestepAndIndex, diffusers.LCMScheduler):
     """Latent consistency models (Luo et al. 2023, algorithm 3)."""
 
     def _row(self, timestep: int, index: int) -> Columns:
-        pred_x, pred_out = conversion(self.config.prediction_type, *self._level(timestep))[0]
         skip, out = self.get_scalings_for_boundary_condition_discrete(timestep)
+        denoised = skip * X + out * PRED
         alpha, sigma = (1.0, 0.0) if self._is_last(index) else self._level_before(self._end(index, timestep))
-        return {
-            "step": index, "pred_x": pred_x, "pred_out": pred_out, **self._clip(),
-            "x0": alpha * skip, "pred0": alpha * out, "noise0": sigma,
-            "x1": skip, "pred1": out,
-        }  # fmt: skip
+        step = SolverStep(alpha * denoised + sigma * NOISE, denoised)
+        of_x0, _ = conversion(self.config.prediction_type, *self._level(timestep))
+        return {"step": index, **columns(step, of_x0), **self._clip()}
 
     def step(
         self,
@@ -86,17 +86,13 @@ class TCDScheduler(_OfTimestepAndIndex, diffusers.TCDScheduler):
     def _row(self, timestep: int, index: int, eta: float) -> Columns:
         end = self._end(index, 0)
         between = math.floor(np.float32(1.0 - eta) * np.float32(end))  # in float32, as diffusers has it
-        alpha, sigma = self._level(between)
-        (x_in_x0, out_in_x0), (x_in_eps, out_in_eps) = conversion(self.config.prediction_type, *self._level(timestep))
-        of_x, of_out = alpha * x_in_x0 + sigma * x_in_eps, alpha * out_in_x0 + sigma * out_in_eps
-        kept = 1.0
+        alpha, sigma = np.array(self._level(between))
+        noised = Combination(pred=alpha, epsilon=sigma)
+        kept, noise = 1.0, 0.0
         if eta > 0 and not self._is_last(index):
-            kept = self._level_before(end)[0] / alpha
-        return {
-            "step": index,
-            "x0": kept * of_x, "out0": kept * of_out, "noise0": (1.0 - kept**2) ** 0.5,
-            "x1": of_x, "out1": of_out,
-        }  # fmt: skip
+            kept, noise = renoise(Point(alpha, sigma), Point(*np.array(self._level_before(end))))
+        step = SolverStep(kept * noised + noise * NOISE, noised)
+        return {"step": index, **columns(step, *conversion(self.config.prediction_type, *self._level(timestep)))}
 
     def step(
         self,

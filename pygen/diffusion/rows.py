@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pygen.diffusion.solvers.base import Combination, SolverStep
+from pygen.diffusion.solvers.base import Combination, SolverStep, one_of
 
 Factors = tuple[float, float]  # of the sample x, of the model's output
 
@@ -13,6 +13,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
 
 def conversion(prediction: str, alpha: float, sigma: float) -> tuple[Factors, Factors]:
     """x_0 and epsilon as (factor of x, factor of the model's output), from x = alpha x_0 + sigma eps."""
+    one_of(PREDICTIONS, prediction_type=prediction)
     with np.errstate(divide="ignore", invalid="ignore"):
         a, s = np.float64(alpha), np.float64(sigma)
         norm = a**2 + s**2  # 1 where the schedule preserves variance

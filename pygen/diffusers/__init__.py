@@ -14,10 +14,12 @@ from pygen.diffusers.ddpm import (
     UnCLIPScheduler,
 )
 from pygen.diffusers.dpm import (
+    CosineDPMSolverMultistepScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
@@ -48,6 +50,7 @@ __all__ = [
     "CMStochasticIterativeScheduler",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
+    "CosineDPMSolverMultistepScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -59,6 +62,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",

@@ -11,8 +11,9 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, Key, Level, OfIndex
-from pygen.diffusers.noise import Generators, draw_noise
+from pygen.diffusers.base import Columns, Key, Level, OfIndex, promoted
+from pygen.diffusers.karras import preconditioning
+from pygen.diffusers.noise import Generators, PhiloxGenerator, draw_noise
 from pygen.diffusion.rows import Factors, columns, conversion
 from pygen.diffusion.solvers import Combination, Grid, SolverStep
 from pygen.diffusion.solvers.base import CARRIED, PRED, Update, X
@@ -31,7 +32,7 @@ class _Exponential(OfIndex):
     @property
     def _epsilon(self) -> bool:
         """Whether the solver reasons in epsilon instead of x_0."""
-        return self.config.algorithm_type in ("dpmsolver", "sde-dpmsolver", "deis", "noise_prediction")
+        return self.config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver", "deis", "noise_prediction")
 
     def _level(self, index: int) -> Level:
         sigma = self._host("sigmas")[index]
@@ -94,7 +95,7 @@ class _Exponential(OfIndex):
             and self.config.prediction_type == "epsilon"
         ):
             model_output = model_output[:, :3]  # as diffusers cuts it
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        dtype = promoted(sample.dtype, model_output.dtype)
         derived = self._thresholds and self._epsilon
         prev_sample, pred, carried = self._fused(
             key, sample, model_output, history=history, dtype=dtype, noise=noise, threshold=self._thresholds,
@@ -188,7 +189,7 @@ class _DPMSolver(_Multistep):
         noise = None
         if self.config.algorithm_type.startswith("sde-"):
             if variance_noise is None:
-                dtype = self._noise_dtype or torch.promote_types(sample.dtype, model_output.dtype)
+                dtype = self._noise_dtype or promoted(sample.dtype, model_output.dtype)
                 noise = draw_noise(sample.shape, generator, sample.device, dtype)
             else:
                 noise = {"noise": variance_noise}
@@ -219,6 +220,93 @@ class DPMSolverMultistepInverseScheduler(_DPMSolver, diffusers.DPMSolverMultiste
         """alpha x_0 + sigma noise, each sample at its own timestep."""
         indices = [self.index_for_timestep(t) for t in timesteps.reshape(-1)]
         return self._noised(original_samples, noise, [self._level(i) for i in indices])
+
+
+class _Preconditioned(_DPMSolver):
+    """DPM-Solver++ in the formulation of Karras et al. 2022, whose preconditioning makes x_0 of the model's output.
+
+    ``precondition_inputs`` and ``precondition_outputs`` are diffusers' own: training differentiates them.
+    """
+
+    def _level(self, index: int) -> Level:
+        return 1.0, self._host("sigmas")[index]
+
+    def _conversion(self, index: int) -> tuple[Factors, Factors]:
+        if self.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type must be epsilon or v_prediction, got {self.config.prediction_type!r}")
+        c_skip, c_out = preconditioning(self._host("sigmas")[index], self.config.sigma_data)
+        return (c_skip, c_out if self.config.prediction_type == "epsilon" else -c_out), (0.0, 0.0)
+
+    def _run(self, *key: Any) -> Iterable[Key]:
+        if key[0] == "input":
+            return (("input", i) for i in range(len(self._host("timesteps"))))
+        return super()._run(*key)
+
+    def _row(self, *key: Any) -> Columns:
+        if key[0] == "input":
+            return {"x0": (self._host("sigmas")[key[1]] ** 2 + self.config.sigma_data**2) ** -0.5}
+        return super()._row(*key)
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """x / sqrt(sigma^2 + sigma_data^2), of unit variance."""
+        self.is_scale_input_called = True
+        return self._fused(("input", self._index(timestep)), sample)[0]
+
+
+class EDMDPMSolverMultistepScheduler(_Preconditioned, diffusers.EDMDPMSolverMultistepScheduler):
+    """DPM-Solver++ multistep in the formulation of Karras et al. 2022; here its SDE has a third order too."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        return super().step(model_output, timestep, sample, generator, return_dict=return_dict)
+
+
+class CosineDPMSolverMultistepScheduler(_Preconditioned, diffusers.CosineDPMSolverMultistepScheduler):
+    """SDE-DPM-Solver++ with the noise of a Brownian path: torchsde's, which costs more than the step.
+
+    With a ``PhiloxGenerator``, or a list of them, the step draws the path's increments itself.
+    """
+
+    noise_sampler: Any
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        self._needs_timesteps()
+        index = self._index(timestep)
+        sigma, following = self._host("sigmas")[index : index + 2]
+        noise = None
+        if isinstance(generator[0] if isinstance(generator, list) else generator, PhiloxGenerator):
+            noise = draw_noise(sample.shape, generator, sample.device, sample.dtype)
+        elif sigma != following:
+            noise = {"noise": self._brownian(sample, index, generator)}
+        return self._multistep(sample, model_output, timestep, return_dict, noise)
+
+    def _brownian(self, sample: Tensor, index: int, generator: Generators) -> Tensor:
+        """The increment of the Brownian path over the step."""
+        if self.noise_sampler is None:
+            from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler  # needs torchsde
+
+            seed = None
+            if generator is not None:
+                generators = generator if isinstance(generator, list) else [generator]
+                seeds = [one.initial_seed() for one in generators]
+                seed = seeds if isinstance(generator, list) else seeds[0]
+            self.noise_sampler = BrownianTreeNoiseSampler(
+                sample, sigma_min=self.config.sigma_min, sigma_max=self.config.sigma_max, seed=seed
+            )
+        return self.noise_sampler(self.sigmas[index], self.sigmas[index + 1]).to(sample.device)
 
 
 class DEISMultistepScheduler(_Multistep, diffusers.DEISMultistepScheduler):
@@ -277,7 +365,7 @@ class DPMSolverSinglestepScheduler(_Exponential, diffusers.DPMSolverSinglestepSc
             order -= 1
         noise = None
         if self.config.algorithm_type == "sde-dpmsolver++":
-            dtype = torch.promote_types(sample.dtype, model_output.dtype)
+            dtype = promoted(sample.dtype, model_output.dtype)
             noise = draw_noise(sample.shape, generator, sample.device, dtype)
         history = self.model_outputs[-1:-order:-1]
         if order == 1:

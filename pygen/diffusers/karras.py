@@ -35,6 +35,12 @@ def derivative(sigma: float, factor: float = 1.0) -> Combination:
     return Combination(x=factor / sigma, pred=-factor / sigma)
 
 
+def preconditioning(sigma: float, sigma_data: float) -> Factors:
+    """c_skip and c_out (Karras et al. 2022, table 1)."""
+    variance = sigma**2 + sigma_data**2
+    return sigma_data**2 / variance, sigma * sigma_data / variance**0.5
+
+
 class VarianceExploding(OfIndex):
     """What the schedulers with the state x_0 + sigma eps share."""
 
@@ -82,16 +88,11 @@ class VarianceExploding(OfIndex):
                 "scale_model_input should be called before step, or the model sees a sample of another scale"
             )
 
-    def _preconditioning(self, sigma: float) -> Factors:
-        """c_skip and c_out (Karras et al. 2022, table 1)."""
-        variance = sigma**2 + self._sigma_data**2
-        return self._sigma_data**2 / variance, sigma * self._sigma_data / variance**0.5
-
     def _pred(self, sigma: float) -> Factors:
         """x_0 from the sample and the model's output; the model saw the scaled sample."""
         prediction = self.config.prediction_type
         if prediction == "v_prediction":
-            c_skip, c_out = self._preconditioning(sigma)
+            c_skip, c_out = preconditioning(sigma, self._sigma_data)
             return c_skip, -c_out
         if prediction in ("epsilon", "sample"):
             return conversion(prediction, 1.0, sigma)[0]
@@ -190,7 +191,7 @@ class EDMEulerScheduler(_Churned, diffusers.EDMEulerScheduler):
     """
 
     def _pred(self, sigma: float) -> Factors:
-        c_skip, c_out = self._preconditioning(sigma)
+        c_skip, c_out = preconditioning(sigma, self._sigma_data)
         return c_skip, c_out if self.config.prediction_type == "epsilon" else -c_out
 
     def step(

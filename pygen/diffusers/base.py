@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pygen.diffusion.rows import Factors, conversion
 from pygen.ops.affine_step import COLUMNS, affine_step, history_terms, make_table
 from pygen.ops.dynamic_threshold import dynamic_threshold
 
@@ -25,7 +26,8 @@ Level = tuple[float, float]  # alpha, sigma
 
 
 def promoted(first: torch.dtype, second: torch.dtype) -> torch.dtype:
-    return first if first == second else torch.promote_types(first, second)
+    """torch.promote_types, of the floating-point types that affine_step takes, and no call of torch's."""
+    return first if first == second else torch.float32
 
 
 def tensor_table(columns: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -53,6 +55,11 @@ def refuse_index(timestep: float | Tensor) -> None:
 def returned(output: type, prev_sample: Tensor, return_dict: bool) -> Any:
     """What a step gives back that makes nothing but a sample."""
     return output(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+
+def variance_preserving(squared: float) -> Level:
+    """(alpha, sigma) from alpha^2."""
+    return squared**0.5, (1.0 - squared) ** 0.5
 
 
 class HostTensor:
@@ -237,25 +244,30 @@ class OfTimestep(FusedScheduler):
 
     def _level(self, timestep: int) -> Level:
         """(alpha, sigma) at a training timestep."""
-        squared = self._host("alphas_cumprod")[timestep]
-        return squared**0.5, (1.0 - squared) ** 0.5
+        return variance_preserving(self._host("alphas_cumprod")[timestep])
 
     def _level_before(self, timestep: int) -> Level:
         """(alpha, sigma) where a step leads: before the first training timestep, to the scheduler's end."""
         if timestep >= 0:
             return self._level(timestep)
-        squared = float(getattr(self, "final_alpha_cumprod", 1.0))
-        return squared**0.5, (1.0 - squared) ** 0.5
+        return variance_preserving(float(getattr(self, "final_alpha_cumprod", 1.0)))
 
     @property
     def _thresholds(self) -> bool:
         return self.config.get("thresholding", False)
 
+    def _conversion(self, level: Level) -> tuple[Factors, Factors]:
+        """x_0 and epsilon from the sample and the model's output."""
+        alpha, sigma = level
+        if alpha == 0.0 and self._clip():
+            alpha = 1e-30  # epsilon tells x_0 no more than a sign, of which the clamp makes the whole range
+        return conversion(self.config.get("prediction_type", "epsilon"), alpha, sigma)
+
     def _clip(self) -> Columns:
         """The clamp of the predicted x_0: to [-1, 1] times the threshold, where one is made on the device."""
         if self._thresholds:
             return {"low": -1.0, "high": 1.0}
-        if self.config.clip_sample:
+        if self.config.get("clip_sample", False):
             reach = self.config.get("clip_sample_range", 1.0)
             return {"low": -reach, "high": reach}
         return {}
@@ -280,6 +292,16 @@ class OnSigmas(FusedScheduler):
     def _level(self, index: int) -> Level:
         """(alpha, sigma) at an index."""
         return 1.0, self._host("sigmas")[index]
+
+    def _interval(self, index: int) -> tuple[float, float]:
+        """The sigmas between which a step leads."""
+        sigmas = self._host("sigmas")
+        if index + 1 >= len(sigmas):
+            raise ValueError(
+                f"step {index} is past the last of sigmas; where two timesteps are one, the run must be begun by "
+                "set_begin_index"
+            )
+        return sigmas[index], sigmas[index + 1]
 
     def _levels(self, timesteps: Tensor) -> list[Level]:
         """Those of timesteps, or the one of the scheduler's present or first step if it has one."""

@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_scm import SCMSchedulerOutput
 from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, FusedScheduler, Key, OfTimestep, OnSigmas, returned
+from pygen.diffusers.base import Columns, FusedScheduler, Key, OfTimestep, OnSigmas, promoted, returned
 from pygen.diffusers.noise import Generators, draw_noise
 from pygen.diffusion.rows import columns, conversion
 from pygen.diffusion.solvers.base import NOISE, PRED, Combination, Point, SolverStep, X
@@ -65,7 +65,7 @@ class LCMScheduler(_OfTimestepAndIndex, diffusers.LCMScheduler):
     ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
         self._check()
         index = self._index(timestep)
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        dtype = promoted(sample.dtype, model_output.dtype)
         noise = None
         if not self._is_last(index):
             noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
@@ -107,7 +107,7 @@ class TCDScheduler(_OfTimestepAndIndex, diffusers.TCDScheduler):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {eta!r}")
         index = self._index(timestep)
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        dtype = promoted(sample.dtype, model_output.dtype)
         noise = None
         if eta > 0 and not self._is_last(index):
             noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
@@ -150,9 +150,9 @@ class SCMScheduler(FusedScheduler, diffusers.SCMScheduler):
         index = self._index(timestep)
         # diffusers draws in the default dtype, and its noise decides the dtype of the sample.
         of_noise = torch.get_default_dtype()
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        dtype = promoted(sample.dtype, model_output.dtype)
         prev_sample, _, pred_original_sample = self._fused(
-            (index,), sample, model_output, dtype=torch.promote_types(dtype, of_noise), second=dtype,
+            (index,), sample, model_output, dtype=promoted(dtype, of_noise), second=dtype,
             noise=draw_noise(model_output.shape, generator, model_output.device, of_noise),
         )  # fmt: skip
         self._step_index = index + 1

@@ -62,7 +62,7 @@ class _DDPM(OfTimestep):
         of_x, of_x0, small, large = posterior(_grid(level, before), 0, beta)
         small = max(small, 1e-20)
         row = {"step": timestep, "x0": of_x, "pred0": of_x0}
-        row["pred_x"], row["pred_out"] = conversion(self.config.prediction_type, *level)[0]
+        row["pred_x"], row["pred_out"] = self._conversion(level)[0]
         if timestep > 0:
             row["noise0"] = 1.0
             if self.variance_type == "learned_range":  # the output -1 means the small variance, 1 the large one
@@ -169,7 +169,7 @@ class _DDIM(OfTimestep):
 
     def _between(self, timestep: int, level: Level, to: Level, eta: float, use_clipped_model_output: bool) -> Columns:
         step = ddim(_grid(level, to), eta=eta, use_clipped_model_output=use_clipped_model_output)[0]
-        return columns(step, *conversion(self.config.prediction_type, *level)) | {"step": timestep} | self._clip()
+        return columns(step, *self._conversion(level)) | {"step": timestep} | self._clip()
 
     def step(
         self,
@@ -225,7 +225,7 @@ class _Parallel(OfTimestep):
             table = make_table([self._batch_row(t) for t in range(self.config.num_train_timesteps)])
             self._tables[key] = table.to(sample.device), timesteps
         table, _ = self._tables[key]
-        return self._execute(table, timesteps, sample, model_output, threshold=self._thresholds)[0]
+        return self._execute(table, timesteps, sample, model_output, dtype=torch.float32, threshold=self._thresholds)[0]
 
 
 class DDPMParallelScheduler(_Parallel, _DDPM, diffusers.DDPMParallelScheduler):
@@ -298,7 +298,7 @@ class CogVideoXDDIMScheduler(_DDIM, diffusers.CogVideoXDDIMScheduler):
     def _row(self, timestep: int) -> Columns:
         level = self._level(timestep)
         step = euler(_grid(level, self._level_before(self._before(timestep))))[0]
-        return columns(step, *conversion(self.config.prediction_type, *level))
+        return columns(step, *self._conversion(level))
 
     def _run(self, timestep: int) -> Iterable[Key]:
         return ((t,) for t in self._host("timesteps"))
@@ -334,7 +334,7 @@ class CogVideoXDPMScheduler(_DDIM, diffusers.CogVideoXDPMScheduler):
         update = multistep_update(_grid(*levels), order - 1, order, algorithm_type="sde-dpmsolver++")
         of_pred, *history = update.model
         step = SolverStep(Combination(x=update.x, pred=of_pred, noise=update.noise, history=tuple(history)))
-        return columns(step, *conversion(self.config.prediction_type, *levels[-2])) | {"step": timestep}
+        return columns(step, *self._conversion(levels[-2])) | {"step": timestep}
 
     def _run(self, timestep: int, timestep_back: int | None) -> Iterable[Key]:
         times = self._host("timesteps")
@@ -393,7 +393,7 @@ class RePaintScheduler(_DDIM, diffusers.RePaintScheduler):
         level, before = self._level(timestep), self._level_before(self._before(timestep))
         unknown = ddim(_grid(level, before), eta=self.eta, use_clipped_model_output=False)[0].next
         known = Combination(history=(before[0],), noise=before[1])
-        return columns(SolverStep(unknown, known), *conversion("epsilon", *level)) | {"step": visit} | self._clip()
+        return columns(SolverStep(unknown, known), *self._conversion(level)) | {"step": visit} | self._clip()
 
     def step(
         self,

@@ -11,7 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, Key, Level, OfIndex, promoted
+from pygen.diffusers.base import Columns, HostTensor, Key, Level, OfIndex, promoted, variance_preserving
 from pygen.diffusers.karras import preconditioning
 from pygen.diffusers.noise import Generators, PhiloxGenerator, draw_noise
 from pygen.diffusion.rows import Factors, columns, conversion
@@ -28,6 +28,11 @@ class _Exponential(OfIndex):
 
     model_outputs: list[Tensor | None]
     lower_order_nums: int
+
+    @property
+    def _noisy(self) -> bool:
+        """Whether the solver is one of the SDE."""
+        return self.config.get("algorithm_type", "").startswith("sde-")
 
     @property
     def _epsilon(self) -> bool:
@@ -140,13 +145,14 @@ class _Multistep(_Exponential):
         return ((i, self._order(i, known + i)) for i in range(index, len(self._host("timesteps"))))
 
     def _row(self, index: int, order: int) -> Columns:
-        sigma, following = self._host("sigmas")[index : index + 2]
-        terms = order - 1
-        if sigma == following:
-            order = 1  # a step of no length has no slope; diffusers divides by it
-        grid = self._grid(index - order + 1, index + 1)
-        step = self._update(grid, order - 1, order).of()
-        return self._columns(index, step, None, terms) | {"step": index} | {f"h{j}_1": 0.0 for j in range(terms)}
+        sigma, following = self._interval(index)
+        step = X
+        # A step of no length has no slope; diffusers divides by it, and rounding may even turn it round.
+        if sigma != following and not (self._noisy and following > sigma):
+            step = self._update(self._grid(index - order + 1, index + 1), order - 1, order).of()
+        return (
+            self._columns(index, step, None, order - 1) | {f"h{j}_1": 0.0 for j in range(order - 1)} | {"step": index}
+        )
 
     def _multistep(
         self, sample: Tensor, model_output: Tensor, timestep: Any, return_dict: bool, noise: Any = None
@@ -187,7 +193,7 @@ class _DPMSolver(_Multistep):
     ) -> SchedulerOutput | tuple[Tensor]:
         self._needs_timesteps()
         noise = None
-        if self.config.algorithm_type.startswith("sde-"):
+        if self._noisy:
             if variance_noise is None:
                 dtype = self._noise_dtype or promoted(sample.dtype, model_output.dtype)
                 noise = draw_noise(sample.shape, generator, sample.device, dtype)
@@ -212,7 +218,7 @@ class DPMSolverMultistepInverseScheduler(_DPMSolver, diffusers.DPMSolverMultiste
         return self.config.euler_at_final or (self.config.lower_order_final and steps < 15)
 
     def _row(self, index: int, order: int) -> Columns:
-        if self.config.algorithm_type.startswith("sde-"):
+        if self._noisy:
             raise ValueError(f"algorithm_type {self.config.algorithm_type!r} cannot go backwards: noise is not undone")
         return super()._row(index, order)
 
@@ -274,6 +280,7 @@ class CosineDPMSolverMultistepScheduler(_Preconditioned, diffusers.CosineDPMSolv
     """
 
     noise_sampler: Any
+    _noisy = True
 
     def step(
         self,
@@ -285,7 +292,7 @@ class CosineDPMSolverMultistepScheduler(_Preconditioned, diffusers.CosineDPMSolv
     ) -> SchedulerOutput | tuple[Tensor]:
         self._needs_timesteps()
         index = self._index(timestep)
-        sigma, following = self._host("sigmas")[index : index + 2]
+        sigma, following = self._interval(index)
         noise = None
         if isinstance(generator[0] if isinstance(generator, list) else generator, PhiloxGenerator):
             noise = draw_noise(sample.shape, generator, sample.device, sample.dtype)
@@ -364,7 +371,7 @@ class DPMSolverSinglestepScheduler(_Exponential, diffusers.DPMSolverSinglestepSc
         while order > 1 and self.model_outputs[1 - order] is None:
             order -= 1
         noise = None
-        if self.config.algorithm_type == "sde-dpmsolver++":
+        if self._noisy:
             dtype = promoted(sample.dtype, model_output.dtype)
             noise = draw_noise(sample.shape, generator, sample.device, dtype)
         history = self.model_outputs[-1:-order:-1]
@@ -456,6 +463,13 @@ class SASolverScheduler(_Exponential, diffusers.SASolverScheduler):
     this_corrector_order: int
     last_sample: Tensor | None
     timestep_list: list[Any]
+    alphas_cumprod = HostTensor()
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x_0 + sigma noise, each sample at its own training timestep."""
+        squared = self._host("alphas_cumprod")
+        levels = [variance_preserving(squared[t]) for t in timesteps.reshape(-1).tolist()]
+        return self._noised(original_samples, noise, levels)
 
     def _orders(self, index: int, lower_order_nums: int) -> tuple[int, int]:
         left = len(self._host("timesteps")) - index
@@ -463,8 +477,9 @@ class SASolverScheduler(_Exponential, diffusers.SASolverScheduler):
         corrector = min(self.config.corrector_order, lower_order_nums + 2)
         if self.config.lower_order_final:
             predictor, corrector = min(predictor, left), min(corrector, left + 1)
-        if self._host("sigmas")[index + 1] == 0.0:
-            predictor = 1  # where diffusers makes NaN of a higher one
+        sigma, following = self._interval(index)
+        if following in (0.0, sigma):
+            return 1, 0  # where diffusers makes NaN of a higher order, and of a correction
         return predictor, 0 if left == 1 else corrector  # nothing comes after the last
 
     def _tau(self, index: int) -> float:
@@ -514,7 +529,7 @@ class SASolverScheduler(_Exponential, diffusers.SASolverScheduler):
         history = self.model_outputs[: -max(order - 1, next_correct - 2, 0) - 1 : -1]
         if correct:
             history.append(self.last_sample)
-        noise = draw_noise(model_output.shape, generator, model_output.device, model_output.dtype)
+        noise = draw_noise(sample.shape, generator, model_output.device, model_output.dtype)
         prev_sample, self.last_sample = self._solve(
             (index, order, correct, next_correct), sample, model_output, history, second=next_correct > 0, noise=noise
         )

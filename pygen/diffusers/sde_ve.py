@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
 from torch import Tensor
 
 from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, promoted
-from pygen.diffusers.karras import VarianceExploding
+from pygen.diffusers.karras import VarianceExploding, preconditioning
 from pygen.diffusers.noise import Generators, draw_noise
 
 CPU = torch.device("cpu")
@@ -176,9 +176,9 @@ class CMStochasticIterativeScheduler(VarianceExploding, diffusers.CMStochasticIt
         index, draws = of_step
         sigmas, lowest = self._host("sigmas"), self.config.sigma_min
         sigma, following = sigmas[index], sigmas[index + 1 if index + 1 < self.config.num_train_timesteps else -1]
-        c_skip = self._preconditioning(sigma - lowest)[0]
+        c_skip = preconditioning(sigma - lowest, self._sigma_data)[0]
         c_out = (
-            self._preconditioning(sigma)[1] * (sigma - lowest) / sigma
+            preconditioning(sigma, self._sigma_data)[1] * (sigma - lowest) / sigma
         )  # 0 at the lowest level, where the model ends
         row = {"step": index, "pred_x": c_skip, "pred_out": c_out, "pred0": 1.0}
         if draws:

@@ -56,7 +56,8 @@ def dynamic_threshold(
         ValueError, TypeError, IndexError: naming the argument.
     """
     if out is None:
-        out = x.new_empty((x.shape[0], table.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+        compute = torch.float64 if x.dtype == torch.float64 else torch.float32  # float64 for the reference
+        out = x.new_empty((x.shape[0], table.shape[1]), dtype=compute)
     if use_reference("dynamic_threshold", _BACKENDS, x.device):
         arguments: dict[str, Any] = {"uncond": uncond, "negative": negative, "ratio": ratio, "max_value": max_value}
         return out.copy_(dynamic_threshold_reference(x, model_output, table, rows, **arguments)[0])

@@ -316,8 +316,9 @@ def test_a_step_is_ours_alone(configuration: Configuration, monkeypatch: pytest.
     c = configuration
     skip_broken(c)
     find = FusedScheduler._find
+    brownian = getattr(ours_of(c.name), "_brownian", None)
 
-    def unwatched(scheduler: FusedScheduler, *args: Any) -> Any:
+    def find_unwatched(scheduler: FusedScheduler, *args: Any) -> Any:
         """Rows are numbers that the host makes and uploads: no tensor is among what it makes them of."""
         assert not any(isinstance(arg, Tensor) for arg in args)
         with _disable_current_modes():
@@ -354,7 +355,9 @@ def test_what_a_step_returns_is_new_and_stays(configuration: Configuration) -> N
             inputs = [*tensors(args), *tensors(kwargs)]
             alive = {x.data_ptr() for x in inputs if x.numel()} | {x.data_ptr() for x, _ in kept}
             out = method(*args, **kwargs)
-            logits = inputs[0] if c.name in TOKENS else None  # which are handed on as they came
+            # Logits, and the derivative of a step that is corrected, are handed on as they came.
+            logits = inputs[0] if c.name in TOKENS else None
+            derivative = inputs[-1] if method.__name__ == "step_correct" else None
             for x in tensors(out):
                 if x is not logits and x.ndim:
                     assert x.data_ptr() not in alive, f"{c}: a step returned memory that is in use"

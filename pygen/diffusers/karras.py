@@ -17,22 +17,18 @@ from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import KDPM2Ance
 from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteSchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, HostTensor, Key, OfIndex, promoted
+from pygen.diffusers.base import Columns, HostTensor, Key, OfIndex, promoted, refuse_index
 from pygen.diffusers.noise import Generators, PhiloxGenerator, draw_noise
 from pygen.diffusion.rows import Factors, columns, conversion, written_out
-from pygen.diffusion.solvers import Combination, Grid, SolverStep, ddpm, euler
-from pygen.diffusion.solvers.base import posterior
+from pygen.diffusion.solvers import Grid, SolverStep, ddpm
+from pygen.diffusion.solvers.base import NOISE, PRED, Point, X, direction, past, posterior, transfer
+from pygen.diffusion.solvers.consistency import renoise
 
 logger = diffusers.utils.logging.get_logger(__name__)
 
 
-def grid_of(*sigmas: float) -> Grid:
-    return Grid(np.ones(len(sigmas)), np.array(sigmas))
-
-
-def derivative(sigma: float, factor: float = 1.0) -> Combination:
-    """factor * (x - m) / sigma: of the trajectory by sigma, which is epsilon as the (clipped) prediction implies it."""
-    return Combination(x=factor / sigma, pred=-factor / sigma)
+def at(sigma: float) -> Point:
+    return Point(np.float64(1.0), np.float64(sigma))
 
 
 def preconditioning(sigma: float, sigma_data: float) -> Factors:
@@ -69,20 +65,24 @@ class VarianceExploding(OfIndex):
     def _row(self, kind: str, *of_step: Any) -> Columns:
         if kind == "input":
             return {"x0": (of_step[0] ** 2 + self._sigma_data**2) ** -0.5}
-        if of_step[0] >= len(self._host("sigmas")) - (kind != "second"):
-            raise ValueError(
-                f"step {of_step[0]} is past the last of sigmas; where two timesteps are one, the run must be begun by "
-                "set_begin_index"
-            )
         return self._step_row(kind, *of_step)
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         raise NotImplementedError
 
+    def _ends(self, index: int) -> tuple[float, float]:
+        """The sigmas between which a step goes."""
+        sigmas = self._host("sigmas")
+        if index + 1 >= len(sigmas):
+            raise ValueError(
+                f"step {index} is past the last of sigmas; where two timesteps are one, set_begin_index must say "
+                "which of them the run begins at"
+            )
+        return sigmas[index], sigmas[index + 1]
+
     def _check(self, timestep: float | Tensor) -> None:
         """Refuse the index of a step in place of its timestep, and warn of a sample that was not scaled."""
-        if isinstance(timestep, int | torch.IntTensor | torch.LongTensor):
-            raise ValueError(f"timestep must be one of scheduler.timesteps, not the index of a step, got {timestep!r}")
+        refuse_index(timestep)
         if not self.is_scale_input_called:
             logger.warning(
                 "scale_model_input should be called before step, or the model sees a sample of another scale"
@@ -112,12 +112,11 @@ class _Churned(VarianceExploding):
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         index, gamma, s_noise, known = of_step
-        sigma, following = self._host("sigmas")[index : index + 2]
+        sigma, following = self._ends(index)
         raised = sigma * (gamma + 1.0)
         pred = (0.0, 1.0) if known else self._raised_pred(sigma, raised)
-        step = euler(grid_of(raised, following))[0]
-        row = written_out(columns(SolverStep(step.next, Combination(pred=1.0)), pred))
-        noise = s_noise * (raised**2 - sigma**2) ** 0.5  # what was written for the raised sample holds for x + noise z
+        row = written_out(columns(SolverStep(transfer(at(raised), at(following)), PRED), pred))
+        noise = s_noise * renoise(at(sigma), at(raised))[1]  # the row is one of the raised sample, x + noise z
         return row | {"step": index, "noise0": row["x0"] * noise, "noise1": row["x1"] * noise}
 
     def _churned(
@@ -220,8 +219,9 @@ class EulerAncestralDiscreteScheduler(VarianceExploding, diffusers.EulerAncestra
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         (index,) = of_step
-        sigma, following = self._host("sigmas")[index : index + 2]
-        return written_out(columns(ddpm(grid_of(sigma, following))[0], self._pred(sigma))) | {"step": index}
+        sigma, following = self._ends(index)
+        step = ddpm(Grid.through(at(sigma), at(following)))[0]
+        return written_out(columns(step, self._pred(sigma))) | {"step": index}
 
     def step(
         self,
@@ -261,14 +261,13 @@ class HeunDiscreteScheduler(_TwoStage, diffusers.HeunDiscreteScheduler):
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         (index,) = of_step
-        sigmas = self._host("sigmas")
-        here = sigmas[index]
         if kind == "first":
-            step = SolverStep(euler(grid_of(here, sigmas[index + 1]))[0].next, derivative(here))
+            here, following = self._ends(index)
+            step = SolverStep(transfer(at(here), at(following)), direction(at(here)))
         else:
-            half = (here - sigmas[index - 1]) / 2
-            slope = derivative(here, half)
-            step = SolverStep(Combination(x=slope.x, pred=slope.pred, history=(1.0, half)))
+            before, here = self._ends(index - 1)
+            half = (here - before) / 2
+            step = SolverStep(past(1) + half * (past(2) + direction(at(here))))
         row = columns(step, self._pred(here))
         if not self.config.clip_sample:
             return written_out(row)
@@ -304,23 +303,22 @@ class _MidPoint(_TwoStage):
     sigmas_interpol = HostTensor()
 
     def _model_sigma(self, index: int) -> float:
-        return self._host("sigmas")[index] if self.state_in_first_order else self._levels(index - 1)[1]
+        return self._host("sigmas")[index] if self.state_in_first_order else self._stage_sigmas(index - 1)[1]
 
     def _model_sigmas(self) -> Iterable[float]:
         return [*self._host("sigmas"), *self._host("sigmas_interpol")]
 
-    def _levels(self, index: int) -> tuple[float, float, float, float]:
+    def _stage_sigmas(self, index: int) -> tuple[float, float, float, float]:
         """Of the step that begins at an index: sigma, that in between, that at the end, and the noise added there."""
         raise NotImplementedError
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         (index,) = of_step
         if kind == "first":
-            sigma, between, _, _ = self._levels(index)
-            return written_out(columns(euler(grid_of(sigma, between))[0], self._pred(sigma)))
-        sigma, between, end, noise = self._levels(index - 1)
-        slope = derivative(between, end - sigma)
-        step = SolverStep(Combination(x=slope.x, pred=slope.pred, noise=noise, history=(1.0,)))
+            sigma, between, _, _ = self._stage_sigmas(index)
+            return written_out(columns(SolverStep(transfer(at(sigma), at(between))), self._pred(sigma)))
+        sigma, between, end, noise = self._stage_sigmas(index - 1)
+        step = SolverStep(past(1) + (end - sigma) * direction(at(between)) + noise * NOISE)
         return written_out(columns(step, self._pred(between))) | {"step": index}
 
     def _stage(
@@ -345,8 +343,8 @@ class _MidPoint(_TwoStage):
 class KDPM2DiscreteScheduler(_MidPoint, diffusers.KDPM2DiscreteScheduler):
     """k-diffusion's DPM-2 (Karras et al. 2022, algorithm 2 with its step at the geometric mean)."""
 
-    def _levels(self, index: int) -> tuple[float, float, float, float]:
-        sigma, following = self._host("sigmas")[index : index + 2]
+    def _stage_sigmas(self, index: int) -> tuple[float, float, float, float]:
+        sigma, following = self._ends(index)
         return sigma, self._host("sigmas_interpol")[index + 1], following, 0.0
 
     def step(
@@ -364,7 +362,7 @@ class KDPM2AncestralDiscreteScheduler(_MidPoint, diffusers.KDPM2AncestralDiscret
     sigmas_up = HostTensor()
     sigmas_down = HostTensor()
 
-    def _levels(self, index: int) -> tuple[float, float, float, float]:
+    def _stage_sigmas(self, index: int) -> tuple[float, float, float, float]:
         sigma, between, down, up = (
             self._host(name)[index] for name in ("sigmas", "sigmas_interpol", "sigmas_down", "sigmas_up")
         )
@@ -412,25 +410,25 @@ class DPMSolverSDEScheduler(_TwoStage, diffusers.DPMSolverSDEScheduler):
         return [*sigmas, *(self._between(i) for i in range(0, len(sigmas) - 1, 2))]
 
     def _between(self, index: int) -> float:
-        sigma, following = self._host("sigmas")[index : index + 2]
+        sigma, following = self._ends(index)
         return math.sqrt(sigma * following)
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         index, s_noise, philox = of_step
         begin = index if kind == "first" else index - 1
-        sigma, end = self._host("sigmas")[begin : begin + 2]
+        sigma, end = self._ends(begin)
         between = self._between(begin)
-        grid = grid_of(sigma, between if kind == "first" else end)
+        grid = Grid.through(at(sigma), at(between if kind == "first" else end))
         of_x, of_x0, variance, _ = posterior(grid, 0)
-        noise = s_noise * math.sqrt(variance)
+        noise = s_noise * math.sqrt(variance) * NOISE
         if kind == "first":
-            step = SolverStep(Combination(x=of_x, pred=of_x0, noise=noise), Combination(noise=1.0) if philox else None)
+            step = SolverStep(of_x * X + of_x0 * PRED + noise, NOISE if philox else None)
             return written_out(columns(step, self._pred(sigma))) | {"step": index}
-        y = Combination(pred=of_x0, noise=noise, history=(of_x,))
         if philox:  # the increment over the whole step is that over its first half and a new one
             known, new = (math.sqrt(part / (sigma - end)) for part in (sigma - between, between - end))
-            y = Combination(pred=of_x0, noise=noise * new, history=(of_x, noise * known))
-        return written_out(columns(SolverStep(y), self._pred(between))) | {"step": index}
+            noise = s_noise * math.sqrt(variance) * (known * past(2) + new * NOISE)
+        step = SolverStep(of_x * past(1) + of_x0 * PRED + noise)
+        return written_out(columns(step, self._pred(between))) | {"step": index}
 
     def _brownian(self, sample: Tensor, index: int) -> Tensor:
         """The increment of the Brownian path, at the times that diffusers asks for, to the last bit."""

@@ -13,10 +13,11 @@ from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOut
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, OfTimestep, promoted
-from pygen.diffusers.karras import VarianceExploding, derivative, grid_of
+from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, OfTimestep, promoted, returned
+from pygen.diffusers.karras import VarianceExploding, at
 from pygen.diffusion.rows import columns, conversion, written_out
-from pygen.diffusion.solvers import Combination, Grid, SolverStep
+from pygen.diffusion.solvers import Grid, SolverStep
+from pygen.diffusion.solvers.base import PRED, X, direction, past
 from pygen.diffusion.solvers.multistep import ADAMS_BASHFORTH, adams_bashforth_update, lms_update
 
 
@@ -32,14 +33,14 @@ class LMSDiscreteScheduler(VarianceExploding, DiffusersLMSDiscreteScheduler):
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         index, order, values, _ = of_step
-        here = self._host("sigmas")[index]
+        here, _ = self._ends(index)
         sigmas = self._host("sigmas")[index - order + 1 : index + 2]
-        update = lms_update(grid_of(*sigmas), order - 1, range(order - 2, -1, -1))
+        update = lms_update(Grid.through(*map(at, sigmas)), order - 1, range(order - 2, -1, -1))
         # After a start within the schedule, diffusers weighs the values there are as if there were all of the order.
         first, *others = update.model[:values]
-        slope = derivative(here, first)
-        step = SolverStep(Combination(x=1.0 + slope.x, pred=slope.pred, history=tuple(others)), derivative(here))
-        return written_out(columns(step, self._pred(here)))
+        slope = direction(at(here))
+        following = sum((weight * past(ago) for ago, weight in enumerate(others, 1)), X + first * slope)
+        return written_out(columns(SolverStep(following, slope), self._pred(here)))
 
     def step(
         self,
@@ -146,9 +147,7 @@ class PNDMScheduler(OfTimestep, diffusers.PNDMScheduler):
         )  # fmt: skip
         self.cur_model_output = 0 if stage == 3 else running
         self.counter += 1
-        if not return_dict:
-            return (prev_sample,)
-        return SchedulerOutput(prev_sample=prev_sample)
+        return returned(SchedulerOutput, prev_sample, return_dict)
 
     def step_plms(
         self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True
@@ -175,9 +174,7 @@ class PNDMScheduler(OfTimestep, diffusers.PNDMScheduler):
             dtype=promoted(sample.dtype, model_output.dtype),
         )[0]  # fmt: skip
         self.counter += 1
-        if not return_dict:
-            return (prev_sample,)
-        return SchedulerOutput(prev_sample=prev_sample)
+        return returned(SchedulerOutput, prev_sample, return_dict)
 
 
 class IPNDMScheduler(FusedScheduler, diffusers.IPNDMScheduler):
@@ -199,8 +196,7 @@ class IPNDMScheduler(FusedScheduler, diffusers.IPNDMScheduler):
         sigma = self._host("betas")[index : index + 2]
         # diffusers divides by 1e-8 where the schedule begins without signal
         grid = Grid(np.array([max(alpha, 1e-8), following]), np.array(sigma))
-        of_x, (first, *others), _ = adams_bashforth_update(grid, 0, order)
-        step = SolverStep(Combination(x=of_x, pred=first, history=tuple(others)), Combination(pred=1.0))
+        step = SolverStep(adams_bashforth_update(grid, 0, order).of(), PRED, epsilon=True)
         return written_out(columns(step, (sigma[0], alpha)))  # epsilon = sigma x + alpha v
 
     def step(
@@ -214,6 +210,4 @@ class IPNDMScheduler(FusedScheduler, diffusers.IPNDMScheduler):
         )
         self.ets = [*previous[::-1], epsilon]
         self._step_index = index + 1
-        if not return_dict:
-            return (prev_sample,)
-        return SchedulerOutput(prev_sample=prev_sample)
+        return returned(SchedulerOutput, prev_sample, return_dict)

@@ -14,9 +14,10 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, promoted
-from pygen.diffusers.karras import VarianceExploding, preconditioning
+from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, promoted, returned
+from pygen.diffusers.karras import VarianceExploding, at, preconditioning
 from pygen.diffusers.noise import Generators, draw_noise
+from pygen.diffusion.solvers.consistency import renoise
 
 CPU = torch.device("cpu")
 
@@ -61,7 +62,7 @@ class KarrasVeScheduler(FusedScheduler, DiffusersKarrasVeScheduler):
         fall = high - low
         if kind == "churn":
             number = int(np.float32(low).view(np.int32))  # each level has noise of its own
-            return {"step": number, "x0": 1.0, "noise0": self.config.s_noise * (high**2 - low**2) ** 0.5}
+            return {"step": number, "x0": 1.0, "noise0": self.config.s_noise * renoise(at(low), at(high))[1]}
         # The model's output is the derivative by sigma, with the other sign.
         if kind == "step":
             return {"pred_x": 1.0, "pred_out": high, "x0": 1.0, "out0": fall, "out1": -1.0}
@@ -176,14 +177,12 @@ class CMStochasticIterativeScheduler(VarianceExploding, diffusers.CMStochasticIt
         index, draws = of_step
         sigmas, lowest = self._host("sigmas"), self.config.sigma_min
         sigma, following = sigmas[index], sigmas[index + 1 if index + 1 < self.config.num_train_timesteps else -1]
-        c_skip = preconditioning(sigma - lowest, self._sigma_data)[0]
-        c_out = (
-            preconditioning(sigma, self._sigma_data)[1] * (sigma - lowest) / sigma
-        )  # 0 at the lowest level, where the model ends
-        row = {"step": index, "pred_x": c_skip, "pred_out": c_out, "pred0": 1.0}
+        c_skip, _ = preconditioning(sigma - lowest, self._sigma_data)
+        _, c_out = preconditioning(sigma, self._sigma_data)
+        row = {"step": index, "pred_x": c_skip, "pred_out": c_out * (sigma - lowest) / sigma, "pred0": 1.0}
         if draws:
-            raised = min(max(following, lowest), self.config.sigma_max)
-            row["noise0"] = self.config.s_noise * (raised**2 - lowest**2) ** 0.5
+            end = at(float(np.float32(lowest)))  # as sigmas ends, so that no noise is left there
+            row["noise0"] = self.config.s_noise * renoise(end, at(min(following, self.config.sigma_max)))[1]
         return row | ({"low": -1.0, "high": 1.0} if self.config.clip_denoised else {})
 
     def step(
@@ -201,6 +200,4 @@ class CMStochasticIterativeScheduler(VarianceExploding, diffusers.CMStochasticIt
         dtype = promoted(sample.dtype, model_output.dtype)
         prev_sample = self._fused(("step", index, draws), sample, model_output, dtype=dtype, noise=noise)[0]
         self._step_index = index + 1
-        if not return_dict:
-            return (prev_sample,)
-        return CMStochasticIterativeSchedulerOutput(prev_sample=prev_sample)
+        return returned(CMStochasticIterativeSchedulerOutput, prev_sample, return_dict)

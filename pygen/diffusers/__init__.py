@@ -1,6 +1,6 @@
 """Drop-in schedulers: diffusers' class names, configurations and steps, on one fused call each."""
 
-from pygen.diffusers.consistency import HeliosDMDScheduler, LCMScheduler, SCMScheduler, TCDScheduler
+from pygen.diffusers.consistency import LCMScheduler, SCMScheduler, TCDScheduler
 from pygen.diffusers.ddpm import (
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
@@ -33,6 +33,7 @@ from pygen.diffusers.flow import (
     PiflowScheduler,
     RFD4ProteinaScheduler,
 )
+from pygen.diffusers.helios import HeliosDMDScheduler, HeliosScheduler
 from pygen.diffusers.karras import (
     DPMSolverSDEScheduler,
     EDMEulerScheduler,
@@ -71,6 +72,7 @@ __all__ = [
     "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",
     "HeliosDMDScheduler",
+    "HeliosScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_helios_dmd import HeliosDMDScheduler as DiffusersHeliosDMDScheduler
-from diffusers.schedulers.scheduling_helios_dmd import HeliosDMDSchedulerOutput
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_scm import SCMSchedulerOutput
 from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, FusedScheduler, Key, OfTimestep, OnSigmas, promoted, returned
+from pygen.diffusers.base import Columns, FusedScheduler, Key, OfTimestep, promoted
 from pygen.diffusers.noise import Generators, draw_noise
 from pygen.diffusion.rows import columns, conversion
 from pygen.diffusion.solvers.base import NOISE, PRED, Combination, Point, SolverStep, X
@@ -159,72 +156,3 @@ class SCMScheduler(FusedScheduler, diffusers.SCMScheduler):
         if not return_dict:
             return prev_sample, pred_original_sample
         return SCMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
-
-
-class HeliosDMDScheduler(OnSigmas, DiffusersHeliosDMDScheduler):
-    """Helios distilled by distribution matching: a flow's x_0, noised anew by the noise that the stage began with."""
-
-    def _values(self, tensor: Tensor | None, name: str) -> list[float]:
-        """The values of a schedule, which its owner need not be asked for if it is the scheduler's own."""
-        if tensor is None:
-            raise ValueError(f"{name} must be given")
-        own = next((own for own in ("sigmas", "timesteps") if tensor is getattr(self, own)), None)
-        return tensor.tolist() if own is None else self._host(own)
-
-    def _run(self, *key: float) -> Iterable[Key]:
-        times = self._host("timesteps")
-        sigmas = [_nearest(time, times, self._host("sigmas")) for time in times]
-        return [*itertools.pairwise(sigmas), (sigmas[-1], 0.0)]
-
-    def _row(self, sigma: float, following: float) -> Columns:
-        return {"x0": 1.0 - following, "out0": -(1.0 - following) * sigma, "noise0": following}
-
-    def add_noise(
-        self, original_samples: Tensor, noise: Tensor, timestep: Tensor, sigmas: Tensor, timesteps: Tensor
-    ) -> Tensor:
-        """(1 - sigma) x_0 + sigma noise, each sample at the sigma whose timestep is nearest to its own."""
-        sigma = _nearest_of_each(timestep, timesteps, sigmas)
-        return self._mixed(original_samples, noise, 1.0 - sigma, sigma).to(noise.dtype)
-
-    def convert_flow_pred_to_x0(
-        self, flow_pred: Tensor, xt: Tensor, timestep: Tensor, sigmas: Tensor, timesteps: Tensor
-    ) -> Tensor:
-        """x - sigma v, each sample at the sigma whose timestep is nearest to its own."""
-        return self._mixed(xt, flow_pred, 1.0, -_nearest_of_each(timestep, timesteps, sigmas)).to(flow_pred.dtype)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor | None = None,
-        sample: Tensor | None = None,
-        generator: Generators = None,
-        return_dict: bool = True,
-        cur_sampling_step: int = 0,
-        dmd_noisy_tensor: Tensor | None = None,
-        dmd_sigmas: Tensor | None = None,
-        dmd_timesteps: Tensor | None = None,
-        all_timesteps: Tensor | None = None,
-    ) -> Any:
-        if timestep is None or sample is None:
-            raise ValueError("timestep and sample must be given")
-        sigmas, times = self._values(dmd_sigmas, "dmd_sigmas"), self._values(dmd_timesteps, "dmd_timesteps")
-        visited = self._values(all_timesteps, "all_timesteps")
-        sigma, following = _nearest(self._time(timestep), times, sigmas), 0.0
-        noise, dtype = None, model_output.dtype
-        if cur_sampling_step < len(visited) - 1:
-            if dmd_noisy_tensor is None:
-                raise ValueError("dmd_noisy_tensor must be given before the last step")
-            following = _nearest(visited[cur_sampling_step + 1], times, sigmas)
-            noise, dtype = {"noise": dmd_noisy_tensor}, dmd_noisy_tensor.dtype
-        prev_sample = self._fused((sigma, following), sample, model_output, dtype=dtype, noise=noise)[0]
-        return returned(HeliosDMDSchedulerOutput, prev_sample, return_dict)
-
-
-def _nearest(time: float, times: list[float], sigmas: list[float]) -> float:
-    """The sigma at the timestep that is nearest to a time, of which diffusers drops the fraction."""
-    whole = int(time)
-    return sigmas[min(range(len(times)), key=lambda i: abs(times[i] - whole))]
-
-
-def _nearest_of_each(time: Tensor, times: Tensor, sigmas: Tensor) -> Tensor:
-    return sigmas.double()[(times.double().unsqueeze(0) - time.unsqueeze(1)).abs().argmin(dim=1)].to(time.device)

@@ -17,14 +17,18 @@ from pygen.diffusion.solvers.base import CARRIED, Grid, SolverStep, Update, X, f
 
 
 def _weights(nodes: Array, h: float, b_h: float) -> Array:
-    """a in sum_k a_k nodes_k^(n-1) = n! phi_{n+1}(h) h / B(h), n = 1, 2, ...: one order per node."""
-    order = len(nodes)
+    """a in sum_k a_k nodes_k^(n-1) = n! phi_{n+1}(h) h / B(h), n = 1, 2, ...: one order per node; none for a node at
+    infinity, where a run may begin."""
+    weights = np.zeros(len(nodes))
+    near = nodes[np.isfinite(nodes)]
+    order = len(near)
     phi = math.expm1(-h) / -h - 1.0
     moments = []
     for n in range(1, order + 1):
         moments.append(phi * math.factorial(n) / b_h)
         phi = phi / -h - 1.0 / math.factorial(n + 1)
-    return np.linalg.solve(np.vander(nodes, order, increasing=True).T, np.array(moments))
+    weights[np.isfinite(nodes)] = np.linalg.solve(np.vander(near, order, increasing=True).T, np.array(moments))
+    return weights
 
 
 def unipc_update(grid: Grid, i: int, order: int, variant: str = "bh2", corrects: bool = False) -> Update:

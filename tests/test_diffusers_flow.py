@@ -244,9 +244,15 @@ def test_heun_keeps_what_diffusers_keeps() -> None:
     assert ours.dt == pytest.approx(theirs.dt.item())
 
 
-def test_unipc_of_epsilon_ends_at_no_noise() -> None:
-    """Where diffusers multiplies 0 by infinity."""
-    config = {"predict_x0": False, "prediction_type": "epsilon", "use_flow_sigmas": False}
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"predict_x0": False, "prediction_type": "epsilon", "use_flow_sigmas": False},  # ends at sigma = 0
+        {"stages": 1, "stage_range": [0, 1], "solver_order": 3},  # begins at alpha = 0
+    ],
+    ids=str,
+)
+def test_unipc_where_diffusers_multiplies_nothing_by_infinity(config: dict[str, Any]) -> None:
     ours, theirs = (
         run(room.HeliosScheduler, config, stage_by_unipc, torch.float32, False) for room in (pygen.diffusers, diffusers)
     )
@@ -266,6 +272,13 @@ def test_unipc_of_epsilon_ends_at_no_noise() -> None:
 def test_what_unipc_cannot_do_is_named(knob: str, config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=knob):
         run(pygen.diffusers.HeliosScheduler, config, stage_by_unipc, torch.float32, False)
+
+
+def test_noise_after_the_clean_end_is_refused() -> None:
+    scheduler = pygen.diffusers.LTXEulerAncestralRFScheduler()
+    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.0, 0.3, 0.0])
+    with pytest.raises(ValueError, match="sigmas"):
+        scheduler.step(torch.ones(1, 2), scheduler.timesteps[0], torch.ones(1, 2))
 
 
 @pytest.mark.parametrize("name", ["FlowMatchLCMScheduler", "LTXEulerAncestralRFScheduler"])

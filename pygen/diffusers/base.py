@@ -40,7 +40,7 @@ def tensor_table(columns: dict[str, Any], device: torch.device) -> tuple[Tensor,
         *(torch.as_tensor(value, dtype=torch.float64, device=device) for value in columns.values())
     )
     rows = torch.arange(values[0].numel(), device=device).view(values[0].shape)
-    table = make_table([{}]).to(device).repeat(rows.numel(), 1)
+    table = make_table([{}]).to(device).expand(rows.numel(), -1).clone()
     for name, value in zip(columns, values, strict=True):
         table[:, COLUMNS[name]] = value.reshape(-1)
     return table, rows

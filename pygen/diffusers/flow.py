@@ -78,8 +78,8 @@ class FlowMatchEulerDiscreteScheduler(_FlowMatch, diffusers.FlowMatchEulerDiscre
                 f"got {tuple(timesteps.shape)} and {tuple(sample.shape)}"
             )
         sigma = timesteps.double().expand(sample.shape[:2]) / self.config.num_train_timesteps
-        schedule = self.sigmas.to(sigma)[:, None, None]
-        following = torch.where(schedule < sigma - 1e-6, schedule, 0.0).amax(dim=0)
+        schedule = torch.nn.functional.pad(self.sigmas.to(sigma), (1, 0)).sort().values  # from 0 up
+        following = schedule[(torch.searchsorted(schedule, sigma - 1e-6) - 1).clamp(min=0)]
         if self.config.stochastic_sampling:
             columns = {"step": index, **_renoised(sigma, following)}
         else:  # of the opposite sign, as diffusers has it: its callers negate the model's output
@@ -297,6 +297,8 @@ class LTXEulerAncestralRFScheduler(_Flow, diffusers.LTXEulerAncestralRFScheduler
         eta, s_noise = self.config.eta, self.config.s_noise
         if following < 1e-8:
             return {"x0": 1.0, "out0": -sigma}
+        if sigma == 0:
+            raise ValueError(f"sigmas must be positive but for the last, got 0 and then {following}")
         down = following * (1.0 + (following / sigma - 1.0) * eta)
         if not (eta > 0 and s_noise > 0):
             return {"x0": 1.0, "out0": down - sigma}

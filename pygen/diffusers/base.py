@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pygen.diffusion.rows import Factors, conversion
+from pygen.diffusion.rows import Factors, conversion, written_out
 from pygen.ops.affine_step import COLUMNS, affine_step, history_terms, make_table
 from pygen.ops.dynamic_threshold import dynamic_threshold
 
@@ -158,12 +158,14 @@ class FusedScheduler:
         return ()
 
     def _finite(self, key: Key) -> Columns | None:
-        """The row of a key, if all of its coefficients are numbers."""
+        """The row of a key, if all of its coefficients are numbers; without the prediction where nothing clamps it."""
         try:
             with np.errstate(divide="ignore", invalid="ignore"):
                 row = self._row(*key)
         except ZeroDivisionError:
             return None
+        if "pred_x" in row and "low" not in row:
+            row = written_out(row)
         return row if all(math.isfinite(row[name]) for name in row.keys() - {"low", "high"}) else None
 
     def _find(self, key: Key, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -221,7 +221,7 @@ class EulerAncestralDiscreteScheduler(VarianceExploding, diffusers.EulerAncestra
         (index,) = of_step
         sigma, following = self._ends(index)
         step = ddpm(Grid.through(at(sigma), at(following)))[0]
-        return written_out(columns(step, self._pred(sigma))) | {"step": index}
+        return columns(step, self._pred(sigma)) | {"step": index}
 
     def step(
         self,
@@ -270,7 +270,7 @@ class HeunDiscreteScheduler(_TwoStage, diffusers.HeunDiscreteScheduler):
             step = SolverStep(past(1) + half * (past(2) + direction(at(here))))
         row = columns(step, self._pred(here))
         if not self.config.clip_sample:
-            return written_out(row)
+            return row
         return row | {"low": -self.config.clip_sample_range, "high": self.config.clip_sample_range}
 
     def step(
@@ -316,10 +316,10 @@ class _MidPoint(_TwoStage):
         (index,) = of_step
         if kind == "first":
             sigma, between, _, _ = self._stage_sigmas(index)
-            return written_out(columns(SolverStep(transfer(at(sigma), at(between))), self._pred(sigma)))
+            return columns(SolverStep(transfer(at(sigma), at(between))), self._pred(sigma))
         sigma, between, end, noise = self._stage_sigmas(index - 1)
         step = SolverStep(past(1) + (end - sigma) * direction(at(between)) + noise * NOISE)
-        return written_out(columns(step, self._pred(between))) | {"step": index}
+        return columns(step, self._pred(between)) | {"step": index}
 
     def _stage(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, noise: dict[str, Tensor] | None
@@ -423,12 +423,12 @@ class DPMSolverSDEScheduler(_TwoStage, diffusers.DPMSolverSDEScheduler):
         noise = s_noise * math.sqrt(variance) * NOISE
         if kind == "first":
             step = SolverStep(of_x * X + of_x0 * PRED + noise, NOISE if philox else None)
-            return written_out(columns(step, self._pred(sigma))) | {"step": index}
+            return columns(step, self._pred(sigma)) | {"step": index}
         if philox:  # the increment over the whole step is that over its first half and a new one
             known, new = (math.sqrt(part / (sigma - end)) for part in (sigma - between, between - end))
             noise = s_noise * math.sqrt(variance) * (known * past(2) + new * NOISE)
         step = SolverStep(of_x * past(1) + of_x0 * PRED + noise)
-        return written_out(columns(step, self._pred(between))) | {"step": index}
+        return columns(step, self._pred(between)) | {"step": index}
 
     def _brownian(self, sample: Tensor, index: int) -> Tensor:
         """The increment of the Brownian path, at the times that diffusers asks for, to the last bit."""

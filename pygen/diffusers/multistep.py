@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, OfTimestep, promoted, returned
 from pygen.diffusers.karras import VarianceExploding, at
-from pygen.diffusion.rows import columns, conversion, written_out
+from pygen.diffusion.rows import columns, conversion
 from pygen.diffusion.solvers import Grid, SolverStep
 from pygen.diffusion.solvers.base import PRED, X, direction, past
 from pygen.diffusion.solvers.multistep import ADAMS_BASHFORTH, adams_bashforth_update, lms_update
@@ -40,7 +40,7 @@ class LMSDiscreteScheduler(VarianceExploding, DiffusersLMSDiscreteScheduler):
         first, *others = update.model[:values]
         slope = direction(at(here))
         following = sum((weight * past(ago) for ago, weight in enumerate(others, 1)), X + first * slope)
-        return written_out(columns(SolverStep(following, slope), self._pred(here)))
+        return columns(SolverStep(following, slope), self._pred(here))
 
     def step(
         self,
@@ -197,7 +197,7 @@ class IPNDMScheduler(FusedScheduler, diffusers.IPNDMScheduler):
         # diffusers divides by 1e-8 where the schedule begins without signal
         grid = Grid(np.array([max(alpha, 1e-8), following]), np.array(sigma))
         step = SolverStep(adams_bashforth_update(grid, 0, order).of(), PRED, epsilon=True)
-        return written_out(columns(step, (sigma[0], alpha)))  # epsilon = sigma x + alpha v
+        return columns(step, (sigma[0], alpha))  # epsilon = sigma x + alpha v
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "pygen/affine_step.h"
+#include "pygen/diffusion_loss.h"
 #include "pygen/isa.h"
 #include "pygen/philox_normal.h"
 
@@ -39,6 +40,9 @@ PYBIND11_MODULE(_C, module) {
   py::list columns;
   for (const char* name : pygen::kColumnNames) columns.append(name);
   module.attr("AFFINE_COLUMNS") = columns;
+  py::list loss_columns;
+  for (const char* name : pygen::kLossColumnNames) loss_columns.append(name);
+  module.attr("LOSS_COLUMNS") = loss_columns;
   module.attr("MAX_HISTORY") = pygen::kMaxHistory;
   module.attr("DRAW_AFFINE_STEP") = static_cast<uint32_t>(pygen::kDrawAffineStep);
 }

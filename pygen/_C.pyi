@@ -1,4 +1,5 @@
 AFFINE_COLUMNS: list[str]
+LOSS_COLUMNS: list[str]
 MAX_HISTORY: int
 DRAW_AFFINE_STEP: int
 CUDA_BUILT: bool

@@ -1,6 +1,15 @@
 """The ops: one module each, and nothing else to edit when adding one but this list."""
 
-from pygen.ops import affine_step, dynamic_threshold, group_norm_silu, philox_normal
+from pygen.ops import affine_step, diffusion_loss, dynamic_threshold, group_norm_silu, philox_normal
 from pygen.ops.spec import SPECS, Example, OpSpec
 
-__all__ = ["SPECS", "Example", "OpSpec", "affine_step", "dynamic_threshold", "group_norm_silu", "philox_normal"]
+__all__ = [
+    "SPECS",
+    "Example",
+    "OpSpec",
+    "affine_step",
+    "diffusion_loss",
+    "dynamic_threshold",
+    "group_norm_silu",
+    "philox_normal",
+]

@@ -156,7 +156,7 @@ def affine_step_reference(
     z = noise
     if seed is not None:
         steps = step.expand(x.shape[0]) if step.dim() == 1 else step
-        z = _philox(x, seed, steps, sample_ids, compute)
+        z = noise_of_rows(x, seed, steps, sample_ids, compute)
     if z is not None and noise_scale is not None:
         deviation = noise_scale.to(compute)
         if noise_scale_kind == "variance":
@@ -185,7 +185,7 @@ def affine_step_reference(
     return following, pred, second
 
 
-def _philox(x: Tensor, seed: Tensor, steps: Tensor, sample_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+def noise_of_rows(x: Tensor, seed: Tensor, steps: Tensor, sample_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The noise of each (sample, token), whose counter is its own row's step."""
     noise = torch.empty(x.shape, dtype=dtype)
     for step in steps.unique():

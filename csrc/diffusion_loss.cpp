@@ -53,9 +53,8 @@ void diffusion_loss_op(const at::Tensor& model_output, const at::Tensor& x0, con
   TORCH_CHECK_VALUE(x0.sizes() == like.sizes(), kOp, ": x0 must have model_output's shape ", like.sizes(), ", got ",
                     x0.sizes());
   check_index(kOp, "table", table, at::kDouble, like.device());
-  TORCH_CHECK_VALUE(
-      table.dim() == 2 && table.size(1) == kLossColumns && (table.stride(1) == 1 || table.size(0) == 0), kOp,
-      ": table must have shape (rows, ", static_cast<int>(kLossColumns), "), got ", table.sizes());
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == kLossColumns && (table.stride(1) == 1 || table.size(0) == 0),
+                    kOp, ": table must have shape (rows, ", static_cast<int>(kLossColumns), "), got ", table.sizes());
   check_index(kOp, "rows", rows, at::kLong, like.device());
   const bool one_row = rows.numel() == 1;
   TORCH_CHECK_VALUE(
@@ -64,22 +63,11 @@ void diffusion_loss_op(const at::Tensor& model_output, const at::Tensor& x0, con
       " for model_output of shape ", like.sizes());
   TORCH_CHECK_VALUE(!(noise.has_value() && seed.has_value()), kOp, ": give noise or seed, not both");
   DiffusionLossArgs args{};
-  const auto check_losses = [&](const char* name, const at::Tensor& tensor) {
-    check_index(kOp, name, tensor, at::kFloat, like.device());
-    TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == like.size(0), kOp, ": ", name, " must have shape (",
-                      like.size(0), ",), got ", tensor.sizes());
-    check_no_grad(kOp, name, tensor);
-  };
   if (seed.has_value()) args.seed_stride = sample_stride(kOp, "seed", *seed, like);
   if (sample_ids.has_value()) {
     check_index(kOp, "sample_ids", *sample_ids, at::kLong, like.device());
     TORCH_CHECK_VALUE(sample_ids->dim() == 1 && sample_ids->size(0) == like.size(0), kOp,
                       ": sample_ids must have shape (", like.size(0), ",), got ", sample_ids->sizes());
-  }
-  if (grad.has_value()) check_losses("grad", *grad);
-  if (out.has_value()) {
-    check_losses("out", *out);
-    at::assert_no_internal_overlap(*out);
   }
 
   // Describe.
@@ -103,6 +91,18 @@ void diffusion_loss_op(const at::Tensor& model_output, const at::Tensor& x0, con
   add_input(kLossTermX0, "x0", x0);
   if (noise.has_value()) add_input(kLossTermNoise, "noise", *noise);
   if (mask.has_value()) add_input(kLossTermMask, "mask", *mask, /*allow_bool=*/true);
+
+  const auto check_per_sample = [&](const char* name, const at::Tensor& tensor) {
+    check_index(kOp, name, tensor, at::kFloat, like.device());
+    TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == like.size(0), kOp, ": ", name, " must have shape (",
+                      like.size(0), ",), got ", tensor.sizes());
+    check_no_grad(kOp, name, tensor);
+  };
+  if (grad.has_value()) check_per_sample("grad", *grad);
+  if (out.has_value()) {
+    check_per_sample("out", *out);
+    at::assert_no_internal_overlap(*out);
+  }
 
   // A gradient may be exactly one of the inputs, never a part of one, and never another gradient.
   const at::Tensor* const gradients[] = {grad_output.has_value() ? &*grad_output : nullptr,

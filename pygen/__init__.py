@@ -7,6 +7,7 @@ from pygen.diffusion.plan import StepPlan, plan
 from pygen.diffusion.sample import sample
 from pygen.ops.affine_step import affine_step
 from pygen.ops.backend import backend
+from pygen.ops.diffusion_loss import diffusion_loss
 from pygen.ops.dynamic_threshold import dynamic_threshold
 from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.philox_normal import philox_normal
@@ -18,6 +19,7 @@ __all__ = [
     "accelerate",
     "affine_step",
     "backend",
+    "diffusion_loss",
     "doctor",
     "dynamic_threshold",
     "group_norm_silu",

@@ -103,7 +103,8 @@ void diffusion_loss(const DiffusionLossArgs& args, int64_t begin, int64_t end) {
       }
       if (by_philox && row.noise != 0.0f) {
         const auto id = args.sample_ids ? args.sample_ids[sample * args.sample_ids_stride] : sample;
-        const PhiloxKey key{static_cast<uint64_t>(args.seed[sample * args.seed_stride]), kDrawAffineStep, row.step, static_cast<uint32_t>(id)};
+        const PhiloxKey key{static_cast<uint64_t>(args.seed[sample * args.seed_stride]), kDrawAffineStep, row.step,
+                            static_cast<uint32_t>(id)};
         const float* z = normals(token * args.place_elements + element, count, key, noise);
         terms[kLossTermNoise].data = const_cast<char*>(reinterpret_cast<const char*>(z));
         terms[kLossTermNoise].size = sizeof(float);

@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kLossEights, 4)
   PhiloxKey key{};
   if (by_philox) {
     const int64_t id = args.sample_ids ? args.sample_ids[sample * args.sample_ids_stride] : sample;
-    key = {static_cast<uint64_t>(args.seed[sample * args.seed_stride]), kDrawAffineStep, row.step, static_cast<uint32_t>(id)};
+    key = {static_cast<uint64_t>(args.seed[sample * args.seed_stride]), kDrawAffineStep, row.step,
+           static_cast<uint32_t>(id)};
   }
 
   Eight lanes{};

@@ -4,5 +4,18 @@ from pygen.diffusion.plan import StepPlan, stack_plans
 from pygen.diffusion.sample import StepInfo, Stepper
 from pygen.diffusion.schedules import SCHEDULES, Schedule, make_schedule
 from pygen.diffusion.solvers import SOLVERS
+from pygen.diffusion.training import Noising, edm, min_snr
 
-__all__ = ["SCHEDULES", "SOLVERS", "Schedule", "StepInfo", "StepPlan", "Stepper", "make_schedule", "stack_plans"]
+__all__ = [
+    "SCHEDULES",
+    "SOLVERS",
+    "Noising",
+    "Schedule",
+    "StepInfo",
+    "StepPlan",
+    "Stepper",
+    "edm",
+    "make_schedule",
+    "min_snr",
+    "stack_plans",
+]

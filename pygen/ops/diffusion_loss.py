@@ -67,15 +67,12 @@ def diffusion_loss(
         ValueError, TypeError, IndexError: naming the argument.
     """
     if out is not None:
-        _run(
-            model_output, x0, table, rows, noise, mask, seed, sample_ids, grad, out, grad_output, grad_x0, grad_noise
-        )
+        _run(model_output, x0, table, rows, noise, mask, seed, sample_ids, grad, out, grad_output, grad_x0, grad_noise)
         return out
-    for name, tensor in {"grad": grad, "grad_output": grad_output, "grad_x0": grad_x0, "grad_noise": grad_noise}.items():
-        if tensor is not None:
-            raise ValueError(f"diffusion_loss: {name} needs out; without it autograd makes the gradients")
-    if noise is not None and noise.shape != x0.shape:
-        noise = noise.expand_as(x0)
+    if not (grad is None and grad_output is None and grad_x0 is None and grad_noise is None):
+        raise ValueError(
+            "diffusion_loss: grad, grad_output, grad_x0 and grad_noise need out: without it, call backward()"
+        )
     losses: Tensor = _DiffusionLoss.apply(model_output, x0, noise, table, rows, mask, seed, sample_ids)
     return losses
 
@@ -101,14 +98,18 @@ class _DiffusionLoss(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         model_output, x0, noise, table, rows, mask, seed, sample_ids = ctx.saved_tensors
+        inputs = (model_output, x0, noise)
         gradients = [
-            torch.empty_like(tensor) if wanted else None
-            for tensor, wanted in zip((model_output, x0, noise), ctx.needs_input_grad, strict=False)
+            torch.empty_like(model_output, dtype=tensor.dtype) if wanted else None
+            for tensor, wanted in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         _run(model_output, x0, table, rows, noise, mask, seed, sample_ids, grad, None, *gradients)
-        return *gradients, None, None, None, None, None
+        to_output, to_x0, to_noise = gradients
+        if to_noise is not None:
+            to_noise = to_noise.sum_to_size(noise.shape)
+        return to_output, to_x0, to_noise, None, None, None, None, None
 
 
 def _run(

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "pygen/affine_step.h"
+#include "pygen/diffusion_loss.h"
 #include "pygen/dynamic_threshold.h"
 #include "pygen/philox_normal.h"
 
@@ -90,6 +91,33 @@ void threshold(int64_t samples, int64_t elements, int64_t stride, DType dtype) {
   cuda::dynamic_threshold(args, nullptr);
 }
 
+void loss(int64_t samples, int64_t tokens, int64_t elements, int64_t stride, DType dtype) {
+  const std::vector<double> table(2 * kLossColumns, 0.5);
+  std::vector<int64_t> rows(samples * tokens);
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = i % 2;
+  const int64_t seed = 7;
+  DiffusionLossArgs args{};
+  args.ndim = 3;
+  args.size[0] = samples, args.size[1] = tokens, args.size[2] = elements;
+  args.place_elements = elements, args.segments = (elements + kLossSegment - 1) / kLossSegment;
+  std::vector<Buffer> buffers;
+  const auto make = [&](DType type) {
+    buffers.emplace_back(samples, tokens, elements, stride, type);
+    return buffers.back().operand;
+  };
+  for (int term : {+kLossTermOutput, +kLossTermX0}) args.term[term] = make(dtype);
+  args.term[kLossTermMask] = make(DType::kBool);
+  for (Operand& gradient : args.gradient) gradient = make(dtype);
+  args.table = table.data(), args.table_stride = kLossColumns, args.n_rows = 2;
+  args.rows = rows.data(), args.rows_stride[0] = tokens, args.rows_stride[1] = 1;
+  args.seed = &seed;
+  std::vector<float> losses(samples);
+  std::vector<double> partial(samples * tokens * args.segments);
+  args.partial = partial.data();
+  args.loss = losses.data(), args.loss_stride = 1;
+  cuda::diffusion_loss(args, nullptr);
+}
+
 // Where no host could check a launch before it ran: a row beyond the table, or one that reads what is absent.
 bool makes_nan(int64_t row, bool reads_output) {
   float x[9] = {}, next[9] = {};
@@ -110,6 +138,27 @@ bool makes_nan(int64_t row, bool reads_output) {
   return true;
 }
 
+bool loses_nan(int64_t row, double noise) {
+  float x[9] = {}, gradient[9] = {}, loss = 0.0f;
+  double partial = 0.0, table[kLossColumns] = {};
+  table[kLossNoise] = noise;
+  table[kLossHuber] = table[kLossWeight] = 1.0;
+  DiffusionLossArgs args{};
+  args.ndim = 3;
+  args.size[0] = args.size[1] = 1, args.size[2] = 9;
+  args.place_elements = 9, args.segments = 1;
+  args.term[kLossTermOutput] = args.term[kLossTermX0] = {x, {9, 9, 1}, DType::kFloat32};
+  args.gradient[kLossTermOutput] = {gradient, {9, 9, 1}, DType::kFloat32};
+  args.table = table, args.table_stride = kLossColumns, args.n_rows = 1;
+  args.rows = &row;
+  args.partial = &partial, args.loss = &loss;
+  cuda::diffusion_loss(args, nullptr);
+  for (const float value : gradient) {
+    if (!std::isnan(value)) return false;
+  }
+  return std::isnan(loss);
+}
+
 }  // namespace
 
 int main() {
@@ -119,12 +168,14 @@ int main() {
       for (const int64_t elements : {1, 7, 8, 9, 64, 300, 2056}) {
         for (const bool second : {false, true}) step(2, 3, elements, stride, dtype, second), ++cases;
         normals(3, elements, stride, dtype), ++cases;
+        loss(2, 3, elements, stride, dtype), ++cases;
       }
     }
   }
   for (const int64_t elements : {1, 9, 300, 16384, 16385}) threshold(2, elements, 1, DType::kFloat32), ++cases;
   threshold(2, 40000, 3, DType::kBFloat16), ++cases;
   std::printf("%d launches\n", cases);
-  const bool poisoned = makes_nan(1, false) && makes_nan(-1, false) && makes_nan(0, true) && !makes_nan(0, false);
+  const bool poisoned = makes_nan(1, false) && makes_nan(-1, false) && makes_nan(0, true) && !makes_nan(0, false) &&
+                        loses_nan(1, 0.0) && loses_nan(-1, 0.0) && loses_nan(0, 1.0) && !loses_nan(0, 0.0);
   return poisoned ? 0 : 1;
 }

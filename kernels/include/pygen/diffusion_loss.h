@@ -27,8 +27,8 @@ enum LossTerm : int32_t { kLossTermOutput, kLossTermX0, kLossTermNoise, kLossTer
 inline constexpr int kLossGradients = 3;  // of the first three terms
 
 // The order of summation, the same on every device: a segment of a place (a sample's token) adds, lane by lane and in
-// float, what lies kLossLanes apart; then in double eights of neighbouring lanes, and these by halves. A sample adds its
-// segments, kMeanLanes apart, in double, and these by halves.
+// float, what lies kLossLanes apart; then in double eights of neighbouring lanes, and these by halves. A sample adds
+// its segments, kMeanLanes apart, in double, and these by halves.
 inline constexpr int64_t kLossLanes = 1024, kLossSegment = 4 * kLossLanes;
 inline constexpr int kLossEights = kLossLanes / 8, kMeanLanes = 128;
 

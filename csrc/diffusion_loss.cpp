@@ -24,6 +24,9 @@ void check_rows(const DiffusionLossArgs& args) {
                         args.n_rows, " rows");
       TORCH_CHECK_VALUE(has_noise || args.table[index * args.table_stride + kLossNoise] == 0.0, kOp, ": row ", index,
                         " reads the noise: give seed or noise");
+      TORCH_CHECK_VALUE(
+          args.term[kLossTermVariance].data != nullptr || args.table[index * args.table_stride + kLossBound] == 0.0,
+          kOp, ": row ", index, " reads the variance, and variance is None");
     }
   }
 }
@@ -43,10 +46,11 @@ void launch(const Gpu& gpu, const DiffusionLossArgs& args) { gpu.run(cuda::diffu
 template <class Backend>
 void diffusion_loss_op(const at::Tensor& model_output, const at::Tensor& x0, const at::Tensor& table,
                        const at::Tensor& rows, const std::optional<at::Tensor>& noise,
-                       const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& seed,
-                       const std::optional<at::Tensor>& sample_ids, const std::optional<at::Tensor>& grad,
-                       const std::optional<at::Tensor>& out, const std::optional<at::Tensor>& grad_output,
-                       const std::optional<at::Tensor>& grad_x0, const std::optional<at::Tensor>& grad_noise) {
+                       const std::optional<at::Tensor>& variance, const std::optional<at::Tensor>& mask,
+                       const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& sample_ids,
+                       const std::optional<at::Tensor>& grad, const std::optional<at::Tensor>& out,
+                       const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_x0,
+                       const std::optional<at::Tensor>& grad_noise, const std::optional<at::Tensor>& grad_variance) {
   // Check.
   const at::Tensor& like = model_output;
   TORCH_CHECK_VALUE(like.dim() >= 1, kOp, ": model_output must begin with the batch, got a scalar");
@@ -90,6 +94,7 @@ void diffusion_loss_op(const at::Tensor& model_output, const at::Tensor& x0, con
   add_input(kLossTermOutput, "model_output", model_output);
   add_input(kLossTermX0, "x0", x0);
   if (noise.has_value()) add_input(kLossTermNoise, "noise", *noise);
+  if (variance.has_value()) add_input(kLossTermVariance, "variance", *variance);
   if (mask.has_value()) add_input(kLossTermMask, "mask", *mask, /*allow_bool=*/true);
 
   const auto check_per_sample = [&](const char* name, const at::Tensor& tensor) {
@@ -105,10 +110,10 @@ void diffusion_loss_op(const at::Tensor& model_output, const at::Tensor& x0, con
   }
 
   // A gradient may be exactly one of the inputs, never a part of one, and never another gradient.
-  const at::Tensor* const gradients[] = {grad_output.has_value() ? &*grad_output : nullptr,
-                                         grad_x0.has_value() ? &*grad_x0 : nullptr,
-                                         grad_noise.has_value() ? &*grad_noise : nullptr};
-  const char* const names[] = {"grad_output", "grad_x0", "grad_noise"};
+  const at::Tensor* const gradients[] = {
+      grad_output.has_value() ? &*grad_output : nullptr, grad_x0.has_value() ? &*grad_x0 : nullptr,
+      grad_noise.has_value() ? &*grad_noise : nullptr, grad_variance.has_value() ? &*grad_variance : nullptr};
+  const char* const names[] = {"grad_output", "grad_x0", "grad_noise", "grad_variance"};
   for (int g = 0; g < kLossGradients; ++g) {
     if (gradients[g] == nullptr) continue;
     const at::Tensor& gradient = *gradients[g];
@@ -159,9 +164,10 @@ void diffusion_loss_op(const at::Tensor& model_output, const at::Tensor& x0, con
 }
 
 PYGEN_OP("diffusion_loss", diffusion_loss_op,
-         "(Tensor model_output, Tensor x0, Tensor table, Tensor rows, Tensor? noise, Tensor? mask, Tensor? seed, "
+         "(Tensor model_output, Tensor x0, Tensor table, Tensor rows, Tensor? noise, Tensor? variance, Tensor? mask, "
+         "Tensor? seed, "
          "Tensor? sample_ids, Tensor? grad, Tensor(a!)? out, Tensor(b!)? grad_output, Tensor(c!)? grad_x0, "
-         "Tensor(d!)? grad_noise) -> ()")
+         "Tensor(d!)? grad_noise, Tensor(e!)? grad_variance) -> ()")
 
 }  // namespace
 }  // namespace pygen

@@ -63,6 +63,26 @@ def test_gradcheck(rows: Tensor, masked: bool, by_seed: bool) -> None:
         assert torch.autograd.gradcheck(losses, (output, x0) if by_seed else (output, x0, noise))
 
 
+def test_gradcheck_of_the_variance() -> None:
+    """At the decoder too, whose x0 lies within, at both ends, and far from the mean."""
+    table = make_table(
+        [
+            {"noise": 1.0, "bound": 1.4, "mean": 1.7, "spread": 0.9},
+            {"noise": 1.0, "weight": 0.0, "bound": 0.8, "mean": -1.4, "spread": 0.7, "bin": 0.55},
+        ]
+    )
+    generator = torch.Generator().manual_seed(0)
+    output, noise, variance = torch.randn(3, 2, 3, 30, generator=generator, dtype=torch.float64)
+    x0 = torch.linspace(-1, 1, 90, dtype=torch.float64).reshape(3, 30).round(decimals=1).repeat(2, 1, 1)
+    output[:, 1] *= 5
+
+    def losses(variance: Tensor) -> Tensor:
+        return pygen.diffusion_loss(output, x0, table, torch.tensor([0, 1]), noise=noise, variance=variance)
+
+    with pygen.backend("reference"):
+        assert torch.autograd.gradcheck(losses, variance.requires_grad_())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_autograd_is_within_the_error_rule(dtype: torch.dtype, isa: str) -> None:
     """Beside what torch's autograd makes of the formula, in the same dtype and in float64."""
@@ -149,6 +169,7 @@ def test_compiles_with_its_gradients() -> None:
 
 
 X = torch.ones(2, 8)
+BOUNDED = make_table([{"noise": 1.0, "bound": 1.0}])
 
 
 @pytest.mark.parametrize(
@@ -165,10 +186,12 @@ X = torch.ones(2, 8)
         ({"noise": None}, ValueError, "row 0 reads the noise: give seed or noise"),
         ({"seed": torch.tensor([1])}, ValueError, "give noise or seed, not both"),
         ({"noise": None, "seed": torch.tensor([1, 2, 3])}, ValueError, "seed must hold one number, or one per sample"),
+        ({"table": BOUNDED}, ValueError, "row 0 reads the variance, and variance is None"),
+        ({"variance": torch.ones(2, 4)}, ValueError, "variance of shape .* does not broadcast"),
         ({"sample_ids": torch.tensor([1])}, ValueError, "sample_ids must have shape"),
         ({"mask": X.long()}, TypeError, "mask must be float32, bfloat16 or float16 or bool"),
         ({"mask": torch.ones(3, 8)}, ValueError, "mask of shape .* does not broadcast"),
-        ({"grad": torch.ones(2)}, ValueError, "grad, grad_output, grad_x0 and grad_noise need out"),
+        ({"grad": torch.ones(2)}, ValueError, "grad and the gradients need out"),
         ({"grad": torch.ones(3), "out": torch.ones(2)}, ValueError, r"grad must have shape \(2,\)"),
         ({"out": torch.ones(2).half()}, TypeError, "out must be Float"),
         ({"out": torch.ones(2), "grad_x0": torch.ones(8)}, ValueError, "grad_x0 must have model_output's shape"),
@@ -187,6 +210,8 @@ def test_overlap_is_refused() -> None:
             pygen.diffusion_loss(memory[:2], memory[:2], TABLE, ZERO, noise=X, out=out, **gradients)
 
 
-def test_the_reference_asks_for_noise() -> None:
+def test_the_reference_asks_for_what_rows_read() -> None:
     with pytest.raises(ValueError, match="a row reads the noise"):
         diffusion_loss_reference(X, X, TABLE, ZERO)
+    with pytest.raises(ValueError, match="a row reads the variance"):
+        diffusion_loss_reference(X, X, BOUNDED, ZERO, noise=X)

@@ -108,6 +108,68 @@ def test_a_weighting_weighs_the_same_error_whatever_the_prediction(prediction: s
     torch.testing.assert_close(losses, (2 + alpha[:, 0]) * delta.square().mean(1))
 
 
+def bits_of_the_bound(t: int, x0: Tensor, epsilon: Tensor, v: Tensor, z: Tensor) -> Tensor:
+    """L_t of one step of the linear schedule, per dimension, as Ho et al. 2020 and Nichol & Dhariwal 2021 write it."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    alpha_bar_before = torch.cat([torch.ones(1), alpha_bar[:-1]])
+    beta_tilde = (1 - alpha_bar_before) / (1 - alpha_bar) * beta
+    log_beta_tilde = torch.log(torch.cat([beta_tilde[1:2], beta_tilde[1:]]))[t]
+
+    def posterior_mean(x0: Tensor) -> Tensor:
+        of_x0 = alpha_bar_before[t].sqrt() * beta[t] / (1 - alpha_bar[t])
+        of_x_t = (1 - beta[t]).sqrt() * (1 - alpha_bar_before[t]) / (1 - alpha_bar[t])
+        return of_x0 * x0 + of_x_t * x_t
+
+    x_t = alpha_bar[t].sqrt() * x0 + (1 - alpha_bar[t]).sqrt() * z
+    mean = posterior_mean((x_t - (1 - alpha_bar[t]).sqrt() * epsilon) / alpha_bar[t].sqrt())
+    share = (v + 1) / 2
+    deviation = torch.exp((share * beta[t].log() + (1 - share) * log_beta_tilde) / 2)
+    p = torch.distributions.Normal(mean, deviation)
+    if t > 0:
+        q = torch.distributions.Normal(posterior_mean(x0), torch.exp(log_beta_tilde / 2))
+        nats = torch.distributions.kl_divergence(q, p)
+    else:
+        upper = torch.where(x0 > 0.999, 1.0, p.cdf(x0 + 1 / 255))
+        lower = torch.where(x0 < -0.999, 0.0, p.cdf(x0 - 1 / 255))
+        nats = -torch.log(upper - lower)
+    return nats.mean() / np.log(2)
+
+
+def test_the_variational_bound_is_the_papers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (4, 3, 30), generator=generator).double() / 127.5 - 1
+    pixels[:, :, :3], pixels[:, :, 3:6] = -1, 1
+    z, v, off = torch.randn(3, 4, 3, 30, generator=generator, dtype=torch.float64)
+    steps = torch.tensor([0, 1, 500, 999])
+    alpha, sigma = (level.reshape(4, 1, 1) for level in levels("linear", steps))
+    epsilon = z + 0.5 * off
+    x_t = alpha * pixels + sigma * z
+    believed = (x_t - sigma * epsilon) / alpha
+    outputs = {"epsilon": epsilon, "sample": believed, "v_prediction": alpha * epsilon - sigma * believed}
+
+    def bits(v: Tensor) -> Tensor:
+        parts = zip(steps.tolist(), pixels, epsilon, v, z, strict=True)
+        return torch.stack([bits_of_the_bound(*part) for part in parts])
+
+    for prediction, output in outputs.items():
+        plain = Noising.from_schedule("linear", prediction=prediction)
+        hybrid = Noising.from_schedule("linear", prediction=prediction, variational_weight=0.001)
+        with pygen.backend("reference"):
+            variance = v.clone().requires_grad_()
+            learned = output.clone().requires_grad_()
+            losses = hybrid.loss(learned, pixels, steps, noise=z, variance=variance)
+            simple = plain.loss(output, pixels, steps, noise=z)
+            gradients = torch.autograd.grad(losses.sum(), (variance, learned))
+        torch.testing.assert_close(losses.detach() - simple, bits(v), rtol=1e-7, atol=1e-12)  # 0.001 * 1000
+        # Of the bound only the variance has a gradient.
+        leaf = v.clone().requires_grad_()
+        expected = torch.autograd.grad(bits(leaf).sum(), leaf)[0]
+        torch.testing.assert_close(gradients[0], expected, rtol=1e-6, atol=1e-9)
+        r = output - {"epsilon": z, "sample": pixels, "v_prediction": alpha * z - sigma * pixels}[prediction]
+        torch.testing.assert_close(gradients[1], 2 * r / 90)
+
+
 def test_gradients_of_add_noise(isa: str) -> None:
     x0, noise = torch.randn(3, 4, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     noising, grad = Noising.from_schedule("cosine"), torch.randn(3, 4, 5)
@@ -176,7 +238,9 @@ def test_huber_may_follow_the_schedule() -> None:
         ({"times": [1000]}, "times must be a sequence of numbers between -1 and 999"),
         ({"prediction": "score"}, "prediction must be one of epsilon, sample"),
         ({"huber_c": 0.0}, "huber_c must be positive"),
-        ({"weighting": lambda alpha, sigma: alpha / 0}, "weighting is not finite for prediction 'epsilon'"),
+        ({"weighting": lambda alpha, sigma: alpha / 0}, "the loss of prediction 'epsilon' is not finite"),
+        ({"schedule": {"name": "linear", "zero_terminal_snr": True}, "variational_weight": 1.0}, "is not finite"),
+        ({"times": [3, 2], "variational_weight": 1.0}, "variational_weight needs the schedule's own training steps"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -118,22 +118,22 @@ void diffusion_loss(const DiffusionLossArgs& args, int64_t begin, int64_t end) {
         const auto load = [&](int t) __attribute__((always_inline)) {
           return load_strip(terms[t].data + i * terms[t].size, dtype[t]);
         };
-        Strip value, gradient;
-        loss_row(args, row, load, value, gradient);
+        Strip value, gradient, variance_gradient;
+        loss_row(args, row, load, value, gradient, variance_gradient);
         if (count - i < kStrip) value = first_of(value, count - i);
         char* const sums = reinterpret_cast<char*>(lanes + i);
         store_strip<DType::kFloat32>(sums, load_strip<DType::kFloat32>(sums) + value);
         for (int g = 0; g < kLossGradients; ++g) {
           if (args.gradient[g].data == nullptr) continue;
           store_strip(gradients[g].data + i * gradients[g].size, args.gradient[g].dtype,
-                      loss_gradient(row, g, gradient));
+                      loss_gradient(row, g, gradient, variance_gradient));
         }
       }
       for (int g = 0; g < kLossGradients; ++g) {
         if (args.gradient[g].data != nullptr) gradients[g].scatter(args, at, count);
       }
     }
-    if (args.partial != nullptr) args.partial[unit] = row.weight * sum_of_lanes(lanes);
+    if (args.partial != nullptr) args.partial[unit] = sum_of_lanes(lanes);
   }
 }
 

@@ -57,14 +57,14 @@ __global__ void __launch_bounds__(kLossEights, 4)
       }
       return values;
     };
-    Eight value, gradient;
-    loss_row(args, row, load, value, gradient);
+    Eight value, gradient, variance_gradient;
+    loss_row(args, row, load, value, gradient, variance_gradient);
 #pragma unroll
     for (int i = 0; i < kEight; ++i) lanes.v[i] += i < valid ? value.v[i] : 0.0f;
     for (int g = 0; g < kLossGradients; ++g) {
       const Operand& operand = args.gradient[g];
       if (operand.data == nullptr) continue;
-      const Eight values = loss_gradient(row, g, gradient);
+      const Eight values = loss_gradient(row, g, gradient, variance_gradient);
       space.store(operand, eights >> (kGradientBit + g) & 1u, base(operand), element, valid, values.v);
     }
   }
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kLossEights, 4)
   for (int i = 0; i < kEight; ++i) sum += lanes.v[i];
   __shared__ double sums[kLossEights];
   sum = by_halves(sum, sums);
-  if (threadIdx.x == 0) args.partial[blockIdx.x] = row.weight * sum;
+  if (threadIdx.x == 0) args.partial[blockIdx.x] = sum;
 }
 
 // A block to a sample.

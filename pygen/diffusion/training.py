@@ -14,6 +14,7 @@ Nothing here waits for the device. Where several devices train together, each ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class Noising:
         prediction: str = "epsilon",
         weighting: Weighting | None = None,
         huber_c: float | ArrayLike = np.inf,
+        variational_weight: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> Noising:
         """A row for each of a schedule's training steps, or of ``times`` where given; made on the host, once.
@@ -68,6 +70,9 @@ class Noising:
                 error, whatever the prediction. Left out, the prediction's own squared error has weight 1.
             huber_c: where the pseudo-Huber loss turns from squared to absolute (Charbonnier et al. 1997), one number
                 or one per row (scheduled: Khrapov et al. 2024); infinite for the squared error.
+            variational_weight: of the variational bound L_vlb in bits per dimension, from which a learned variance
+                learns (0.001 in Nichol & Dhariwal 2021, equation 16; at t = 0 it takes x_0 for 8-bit values scaled to
+                [-1, 1]). Needs the schedule's own training steps, each as likely as the other, and ``variance``.
             device: where the tables will lie.
 
         Raises:
@@ -93,9 +98,13 @@ class Noising:
             weighting=weighting,
             huber_c=huber_c,
         )
-        if not bool(made.targets[:, op.COLUMNS["weight"]].isfinite().all()):
+        if variational_weight:
+            if not np.array_equal(at, np.arange(schedule.num_train_timesteps or 0)):
+                raise ValueError("variational_weight needs the schedule's own training steps: leave times out")
+            _bound(made, variational_weight)
+        if not bool(made.targets[:, [op.COLUMNS["weight"], op.COLUMNS["mean"]]].isfinite().all()):
             raise ValueError(
-                f"weighting is not finite for prediction {prediction!r} at all times of schedule {schedule.name!r}"
+                f"the loss of prediction {prediction!r} is not finite at all times of schedule {schedule.name!r}"
             )
         whole = schedule.num_train_timesteps is not None and (at == np.round(at)).all()
         timesteps = torch.from_numpy(at).to(device, torch.int64 if whole else torch.float32)
@@ -194,14 +203,32 @@ class Noising:
         rows: Tensor,
         *,
         noise: Tensor | None = None,
+        variance: Tensor | None = None,
         mask: Tensor | None = None,
         seed: Tensor | None = None,
         sample_ids: Tensor | None = None,
     ) -> Tensor:
         """The weighted loss of each sample, (batch,), with the noise of ``add_noise``; see ``pygen.diffusion_loss``."""
         return op.diffusion_loss(
-            model_output, x0, self.targets, rows, noise=noise, mask=mask, seed=seed, sample_ids=sample_ids
-        )
+            model_output, x0, self.targets, rows,
+            noise=noise, variance=variance, mask=mask, seed=seed, sample_ids=sample_ids,
+        )  # fmt: skip
+
+
+def _bound(noising: Noising, weight: float) -> None:
+    """Fills in the columns of the variational bound, where rows are all steps of a variance-preserving schedule."""
+    named = {name: noising.targets[:, column] for name, column in op.COLUMNS.items()}
+    alpha, sigma = noising.table[:, COLUMNS["x0"]], noising.table[:, COLUMNS["noise0"]]
+    before = torch.cat([torch.ones_like(alpha[:1]), alpha[:-1]])
+    beta = 1 - (alpha / before) ** 2
+    posterior = beta * (1 - before**2) / sigma**2
+    posterior[0] = posterior[1]  # it is 0, whose logarithm is clipped
+    # The posterior's mean (Ho et al. 2020, equation 7) with the model's x_0 instead of the true one.
+    x0_error = sigma / (alpha * named["noise"] - sigma * named["x0"])
+    named["mean"][:] = before * beta / sigma**2 * x0_error / posterior.sqrt()
+    named["spread"][:] = torch.log(beta / posterior)
+    named["bin"][0] = 1 / 255 / posterior[0].sqrt()
+    named["bound"][:] = weight * len(noising) / math.log(2)  # a sum over all steps, in bits
 
 
 class _AddNoise(torch.autograd.Function):

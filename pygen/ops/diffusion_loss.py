@@ -1,7 +1,14 @@
 """diffusion_loss: how far a model's output lies from what it was to predict, as each sample's mean.
 
     r      = model_output - (x0_c * x0 + noise_c * z)
-    loss   = mean(weight * mask * huber(r)),   huber(r) = 2 c (sqrt(r^2 + c^2) - c), or r^2 where c is infinite
+    loss   = mean(mask * (weight * huber(r) + bound * nats(r, variance)))
+
+where huber(r) = 2 c (sqrt(r^2 + c^2) - c), or r^2 where c is infinite, and nats is the variational bound of a learned
+variance, of which only that variance has a gradient (Nichol & Dhariwal 2021, section 3.1). In standard deviations of
+the posterior q(x_{t-1} | x_t, x_0), the model's mean is off by mean * r, and its log variance by w = spread *
+(variance + 1) / 2 (their equation 15): nats is the divergence of the two, (w - 1 + e^-w (1 + (mean r)^2)) / 2. Where
+bin is not 0, it is the decoder's -log p(x_0 | x_1): of what the Gaussian gives to the values closer than bin to x_0,
+and to all beyond where x_0 is the least or the largest, -1 or 1 (Ho et al. 2020, equation 13).
 
 The coefficients are the columns of a float64 table, the row of each sample (or token) an integer. z may be drawn by
 Philox once more, in the forward pass and in the backward pass: it is never stored.
@@ -10,7 +17,7 @@ Philox once more, in the forward pass and in the backward pass: it is never stor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +31,7 @@ from pygen.ops.spec import Example, OpSpec, tensor_bytes
 # The table's columns.
 COLUMNS: dict[str, int] = {name: i for i, name in enumerate(_C.LOSS_COLUMNS)}
 _BACKENDS = ("reference", "cpu", "cuda")
+_OUTPUTS = ("out", "grad_output", "grad_x0", "grad_noise", "grad_variance")
 
 
 def diffusion_loss(
@@ -33,6 +41,7 @@ def diffusion_loss(
     rows: Tensor,
     *,
     noise: Tensor | None = None,
+    variance: Tensor | None = None,
     mask: Tensor | None = None,
     seed: Tensor | None = None,
     sample_ids: Tensor | None = None,
@@ -41,11 +50,12 @@ def diffusion_loss(
     grad_output: Tensor | None = None,
     grad_x0: Tensor | None = None,
     grad_noise: Tensor | None = None,
+    grad_variance: Tensor | None = None,
 ) -> Tensor:
     """The loss of each sample; see the module's formula. A term whose coefficient is exactly 0 is not read.
 
-    Differentiable with respect to ``model_output``, ``x0`` and ``noise``. Elementwise tensors have any strides and are
-    float32, bfloat16 or float16, each by itself; arithmetic is float32, sums are taken in a fixed order.
+    Differentiable with respect to ``model_output``, ``x0``, ``noise`` and ``variance``. Elementwise tensors have any
+    strides and are float32, bfloat16 or float16, each by itself; arithmetic is float32, the order of sums is fixed.
 
     Args:
         model_output, x0: (batch, ...).
@@ -54,10 +64,11 @@ def diffusion_loss(
         noise: z; broadcasts to x0. Or
         seed: int64, one or (batch,): z is what ``affine_step`` draws with the same seed, step column and
             ``sample_ids`` (int64 (batch,)).
+        variance: what the model says of its variance, -1 for the posterior's and 1 for the step's; where rows bound it.
         mask: elementwise weights, or bool; broadcasts to x0. The mean is over all elements, masked or not.
         out: float32 (batch,), receives the losses; new where left out. Where it is given, nothing is recorded for
             autograd; instead
-        grad_output, grad_x0, grad_noise: of x0's shape, receive the gradients in the same pass, where
+        grad_output, grad_x0, grad_noise, grad_variance: of x0's shape, receive the gradients in the same pass, where
         grad: float32 (batch,), is the gradient of each loss; 1 where left out.
 
     Returns:
@@ -66,73 +77,57 @@ def diffusion_loss(
     Raises:
         ValueError, TypeError, IndexError: naming the argument.
     """
+    inputs = (model_output, x0, noise, variance, table, rows, mask, seed, sample_ids)
+    gradients = (grad_output, grad_x0, grad_noise, grad_variance)
     if out is not None:
-        _run(model_output, x0, table, rows, noise, mask, seed, sample_ids, grad, out, grad_output, grad_x0, grad_noise)
+        _run(*inputs, grad, out, *gradients)
         return out
-    if not (grad is None and grad_output is None and grad_x0 is None and grad_noise is None):
-        raise ValueError(
-            "diffusion_loss: grad, grad_output, grad_x0 and grad_noise need out: without it, call backward()"
-        )
-    losses: Tensor = _DiffusionLoss.apply(model_output, x0, noise, table, rows, mask, seed, sample_ids)
+    if any(tensor is not None for tensor in (grad, *gradients)):
+        raise ValueError("diffusion_loss: grad and the gradients need out; without it, call backward()")
+    losses: Tensor = _DiffusionLoss.apply(*inputs)
     return losses
 
 
 class _DiffusionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        model_output: Tensor,
-        x0: Tensor,
-        noise: Tensor | None,
-        table: Tensor,
-        rows: Tensor,
-        mask: Tensor | None,
-        seed: Tensor | None,
-        sample_ids: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(model_output, x0, noise, table, rows, mask, seed, sample_ids)
-        out = model_output.new_empty(
-            model_output.shape[:1], dtype=torch.promote_types(model_output.dtype, torch.float32)
-        )
-        _run(model_output, x0, table, rows, noise, mask, seed, sample_ids, None, out, None, None, None)
+    def forward(ctx: Any, model_output: Tensor, *others: Any) -> Tensor:
+        ctx.save_for_backward(model_output, *others)
+        dtype = torch.promote_types(model_output.dtype, torch.float32)
+        out = model_output.new_empty(model_output.shape[:1], dtype=dtype)
+        _run(model_output, *others, None, out, None, None, None, None)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        model_output, x0, noise, table, rows, mask, seed, sample_ids = ctx.saved_tensors
-        inputs = (model_output, x0, noise)
-        gradients = [
-            torch.empty_like(model_output, dtype=tensor.dtype) if wanted else None
-            for tensor, wanted in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
-        _run(model_output, x0, table, rows, noise, mask, seed, sample_ids, grad, None, *gradients)
-        to_output, to_x0, to_noise = gradients
-        if to_noise is not None:
-            to_noise = to_noise.sum_to_size(noise.shape)
-        return to_output, to_x0, to_noise, None, None, None, None, None
+        inputs = ctx.saved_tensors
+        wanted = zip(inputs[:4], ctx.needs_input_grad, strict=False)
+        gradients = [torch.empty_like(inputs[0], dtype=tensor.dtype) if want else None for tensor, want in wanted]
+        _run(*inputs, grad, None, *gradients)
+        made = (None if g is None else g.sum_to_size(i.shape) for g, i in zip(gradients, inputs, strict=False))
+        return *made, None, None, None, None, None
 
 
 def _run(
     model_output: Tensor,
     x0: Tensor,
+    noise: Tensor | None,
+    variance: Tensor | None,
     table: Tensor,
     rows: Tensor,
-    noise: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
     sample_ids: Tensor | None,
     grad: Tensor | None,
     *outputs: Tensor | None,
 ) -> None:
-    if use_reference("diffusion_loss", _BACKENDS, model_output.device):
-        results = diffusion_loss_reference(
-            model_output, x0, table, rows, noise=noise, mask=mask, seed=seed, sample_ids=sample_ids, grad=grad
-        )
-        for tensor, result in zip(outputs, results, strict=True):
-            if tensor is not None:
-                tensor.copy_(result)
-    else:
-        _kernel(model_output, x0, table, rows, noise, mask, seed, sample_ids, grad, *outputs)
+    if not use_reference("diffusion_loss", _BACKENDS, model_output.device):
+        _kernel(model_output, x0, table, rows, noise, variance, mask, seed, sample_ids, grad, *outputs)
+        return
+    named = {"noise": noise, "variance": variance, "mask": mask, "seed": seed, "sample_ids": sample_ids, "grad": grad}
+    results = diffusion_loss_reference(model_output, x0, table, rows, **named)
+    for tensor, result in zip(outputs, results, strict=True):
+        if tensor is not None:
+            tensor.copy_(result)
 
 
 def diffusion_loss_reference(
@@ -142,12 +137,13 @@ def diffusion_loss_reference(
     rows: Tensor,
     *,
     noise: Tensor | None = None,
+    variance: Tensor | None = None,
     mask: Tensor | None = None,
     seed: Tensor | None = None,
     sample_ids: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The losses, and the gradients of model_output, x0 and noise."""
+    """The losses, and the gradients of model_output, x0, noise and variance."""
     compute = torch.promote_types(model_output.dtype, torch.float32)
     coefficients = table[rows.reshape(1) if rows.numel() == 1 else rows]
 
@@ -173,13 +169,42 @@ def diffusion_loss_reference(
     squared = c.isinf()
     huber = torch.where(squared, r**2, 2 * c * (torch.sqrt(r**2 + c**2) - c))
     slope = torch.where(squared, 2 * r, 2 * c * r / torch.sqrt(r**2 + c**2))
-    weight = column("weight")
-    if mask is not None:
-        weight = weight * mask.to(compute)
-    losses = (weight * huber).flatten(1).mean(1) if x0.dim() > 1 else (weight * huber).expand(x0.shape)
+    bound = column("bound")
+    if variance is not None:
+        nats, bound_slope = _bound(r, x0.to(compute), variance.to(compute), column)
+        nats, bound_slope = (torch.where(bound == 0, 0, bound * term) for term in (nats, bound_slope))
+    elif bool((bound != 0).any()):
+        raise ValueError("diffusion_loss: a row reads the variance, and variance is None")
+    else:
+        nats = bound_slope = torch.zeros_like(r)
+    share = torch.ones_like(r) if mask is None else mask.to(compute).expand(r.shape)
+    values = share * (column("weight") * huber + nats)
+    losses = values.flatten(1).mean(1) if x0.dim() > 1 else values
     upstream = torch.ones(len(x0), dtype=compute, device=x0.device) if grad is None else grad.to(compute)
-    gradient = per_sample(upstream) * weight * slope / max(math.prod(x0.shape[1:]), 1)
-    return losses, gradient, -column("x0") * gradient, -column("noise") * gradient
+    share = per_sample(upstream) * share / max(math.prod(x0.shape[1:]), 1)
+    gradient = share * column("weight") * slope
+    return losses, gradient, -column("x0") * gradient, -column("noise") * gradient, share * bound_slope
+
+
+def _bound(r: Tensor, x0: Tensor, variance: Tensor, column: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+    """The variational bound in nats, and its derivative by the variance."""
+    spread, bin = column("spread"), column("bin")
+    w, off = spread * (variance + 1) / 2, column("mean") * r
+    scale = torch.exp(-w / 2)
+    divergence = (w - 1 + scale**2 * (1 + off**2)) / 2
+    divergence_by_w = (1 - scale**2 * (1 + off**2)) / 2
+
+    # The bin reaches from near to far on the side of the mean where digits are; outermost bins have no far end.
+    low, high = x0 < -0.999, x0 > 0.999
+    near = (torch.where(low, -off, torch.where(high, off, off.abs())) - bin) * scale
+    far = (off.abs() + bin) * scale
+    beyond_near = torch.special.log_ndtr(-near)
+    beyond_far = torch.where(low | high, -math.inf, torch.special.log_ndtr(-far))
+    log_p = beyond_near + torch.log1p(-torch.exp(beyond_far - beyond_near))
+    at_near, at_far = (x * torch.exp(-(x**2) / 2 - log_p) / math.sqrt(2 * math.pi) for x in (near, far))
+    decoder_by_w = (torch.where(low | high, 0, at_far) - at_near) / 2
+    nats = torch.where(bin == 0, divergence, -log_p)
+    return nats, torch.where(bin == 0, divergence_by_w, decoder_by_w) * spread / 2
 
 
 _kernel = torch.ops.pygen.diffusion_loss.default
@@ -218,6 +243,9 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         return Example(name, arguments | more)
 
     every = ("grad_output", "grad_x0", "grad_noise")
+    learned = {"noise": 1.0, "bound": 1.4, "mean": 1.7, "spread": 0.9}
+    decoder = {"noise": 1.0, "weight": 0.0, "bound": 0.8, "mean": 1.4, "spread": 0.7, "bin": 0.55}
+    bounds = make_table([learned, decoder, learned | {"spread": 1e-4, "mean": 0.01}, epsilon])
     for count in range(0, 132):
         yield example("every count", 1, count, gradients=every)
     for count in (1023, 1024, 1025, 4095, 4096, 4097, 9001):
@@ -233,6 +261,15 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     yield example("many tokens", 1, 300, 5, rows=[[i % 4 for i in range(300)]], gradients=every)
     yield example("tokens without channels", 2, 3, rows=[[0, 1, 2], [3, 1, 0]], gradients=every)
     yield example("samples without elements", 3, rows=[0, 1, 2], gradients=every)
+    for rows in ([0, 2, 3, 0, 2], [1, 1, 3, 1, 0]):
+        more: dict[str, Any] = {"table": bounds, "variance": tensor(*shape), "gradients": (*every, "grad_variance")}
+        ends = tensor(*shape).clamp(-1, 1)
+        yield example(f"variances by rows {rows}", *shape, rows=rows, x0=ends, **more)
+        yield example(f"masked variances by rows {rows}", *shape, rows=rows, x0=ends, mask=tensor(7, 1), **more)
+    for factor in (0.01, 3.0, 30.0):
+        output = factor * tensor(2, 4096, like=torch.float32)
+        more |= {"variance": tensor(2, 4096), "noise": torch.zeros(2, 4096), "x0": tensor(2, 4096).clamp(-1, 1)}
+        yield example(f"a decoder {factor} off", 2, 4096, rows=1, model_output=output.to(dtype), **more)
     yield example("sample ids", *shape, sample_ids=torch.tensor([5, 1, 9, 2**31, 0]))
     yield example("noise given", *shape, noise=tensor(*shape), gradients=every)
     yield example("broadcast", *shape, noise=tensor(5, 1, 1, 9), mask=tensor(7, 1), gradients=every)
@@ -258,6 +295,11 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     yield example("NaN and Inf, squared", 3, 64, rows=[1, 3, 3], model_output=special, gradients=("grad_output",))
     unread = torch.full((2, 64), math.nan, dtype=dtype)
     yield example("unread noise", 2, 64, rows=1, noise=unread, gradients=every)
+    yield example("unread variance", 2, 64, rows=0, variance=unread, gradients=(*every, "grad_variance"))
+    more = {"table": bounds, "variance": special, "gradients": ("grad_output", "grad_variance")}
+    yield example(
+        "NaN as variance", 3, 64, rows=[0, 3, 1], **more | {"variance": special.nan_to_num(posinf=0.0, nan=math.nan)}
+    )
     yield example("unread x0", 2, 64, rows=0, x0=unread, gradients=every)
     yield example("no noise", 2, 9, rows=1, seed=None, gradients=every)
     yield example("small residuals", *shape, rows=1, seed=None, x0=x0, model_output=x0 + 0.01 * tensor(*shape))
@@ -284,18 +326,18 @@ def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
 
 def _bytes_moved(example: Example) -> int:
     """The benchmarks' row does not read x0."""
-    names = ("model_output", "noise", "mask", "grad_output", "grad_x0", "grad_noise")
+    names = ("model_output", "noise", "grad_output")
     return tensor_bytes(*(example.arguments.get(name) for name in names))
 
 
 DIFFUSION_LOSS = OpSpec(
     name="diffusion_loss",
     function=diffusion_loss,
-    reference=lambda out, grad_output=None, grad_x0=None, grad_noise=None, **arguments: diffusion_loss_reference(
-        **arguments
+    reference=lambda **arguments: diffusion_loss_reference(
+        **{name: value for name, value in arguments.items() if name not in _OUTPUTS}
     ),
     operator=_kernel,
-    outputs=("out", "grad_output", "grad_x0", "grad_noise"),
+    outputs=_OUTPUTS,
     backends=_BACKENDS,
     examples=_examples,
     bytes_moved=_bytes_moved,

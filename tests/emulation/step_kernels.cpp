@@ -92,7 +92,8 @@ void threshold(int64_t samples, int64_t elements, int64_t stride, DType dtype) {
 }
 
 void loss(int64_t samples, int64_t tokens, int64_t elements, int64_t stride, DType dtype) {
-  const std::vector<double> table(2 * kLossColumns, 0.5);
+  std::vector<double> table(2 * kLossColumns, 0.5);
+  table[kLossBin] = 0.0;
   std::vector<int64_t> rows(samples * tokens);
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = i % 2;
   const int64_t seed = 7;
@@ -105,7 +106,7 @@ void loss(int64_t samples, int64_t tokens, int64_t elements, int64_t stride, DTy
     buffers.emplace_back(samples, tokens, elements, stride, type);
     return buffers.back().operand;
   };
-  for (int term : {+kLossTermOutput, +kLossTermX0}) args.term[term] = make(dtype);
+  for (int term : {kLossTermOutput, kLossTermX0, kLossTermVariance}) args.term[term] = make(dtype);
   args.term[kLossTermMask] = make(DType::kBool);
   for (Operand& gradient : args.gradient) gradient = make(dtype);
   args.table = table.data(), args.table_stride = kLossColumns, args.n_rows = 2;

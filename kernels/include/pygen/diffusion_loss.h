@@ -1,7 +1,14 @@
 // diffusion_loss: how far a model's output lies from what it was to predict, as each sample's mean, and the gradients.
 //
 //   r    = output - (x0_c x0 + noise_c z)
-//   loss = sum weight mask huber(r) / elements,   huber(r) = 2 c (sqrt(r^2 + c^2) - c), or r^2 where c is infinite
+//   loss = sum mask (weight huber(r) + bound nats(r, variance)) / elements
+//
+//   huber(r) = 2 c (sqrt(r^2 + c^2) - c), or r^2 where c is infinite
+//   nats     = the variational bound of the step before (Ho et al. 2020, equations 5 and 13), of which only the learned
+//              variance has a gradient (Nichol & Dhariwal 2021): a Gaussian whose mean is off by mean * r, whose log
+//              variance is w = spread (variance + 1) / 2 above the posterior's; lengths in the posterior's deviations.
+//              Its divergence from the posterior, or where bin is not 0 the negative logarithm of what it gives to the
+//              values closer than bin to x0, and to all beyond where x0 lies outside [-0.999, 0.999].
 //
 // A term whose coefficient is exactly 0 is not read. diffusion_loss_row.h holds the arithmetic.
 #pragma once
@@ -18,13 +25,18 @@ enum LossColumn : int32_t {
   kLossNoise,
   kLossWeight,
   kLossHuber,
+  kLossBound,
+  kLossMean,
+  kLossSpread,
+  kLossBin,
   kLossColumns,
 };
-inline constexpr const char* kLossColumnNames[] = {"step", "x0", "noise", "weight", "huber_c"};
+inline constexpr const char* kLossColumnNames[] = {"step",  "x0",   "noise",  "weight", "huber_c",
+                                                   "bound", "mean", "spread", "bin"};
 static_assert(sizeof(kLossColumnNames) / sizeof(*kLossColumnNames) == kLossColumns);
 
-enum LossTerm : int32_t { kLossTermOutput, kLossTermX0, kLossTermNoise, kLossTermMask, kLossTerms };
-inline constexpr int kLossGradients = 3;  // of the first three terms
+enum LossTerm : int32_t { kLossTermOutput, kLossTermX0, kLossTermNoise, kLossTermVariance, kLossTermMask, kLossTerms };
+inline constexpr int kLossGradients = 4;  // of the first four terms
 
 // The order of summation, the same on every device: a segment of a place (a sample's token) adds, lane by lane and in
 // float, what lies kLossLanes apart; then in double eights of neighbouring lanes, and these by halves. A sample adds

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pygen
 from pygen import _C
+from pygen.diffusion import Noising, min_snr
 from pygen.ops import SPECS, OpSpec
 from pygen.ops.affine_step import make_table
 from tests.error_rule import assert_error_rule
@@ -78,6 +79,21 @@ def test_no_step_waits_for_the_gpu() -> None:
     try:
         pygen.affine_step(x, **arguments)
         pygen.philox_normal(seed=arguments["seed"], step=arguments["rows"], out=x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_training_step_waits_for_the_gpu() -> None:
+    x0, seed = torch.randn(2, 4, 32, 32, device="cuda"), torch.tensor([1], device="cuda")
+    model = torch.nn.Conv2d(4, 4, 1).cuda()
+    noising, rows = Noising.from_schedule("cosine", weighting=min_snr(), device="cuda"), torch.arange(2, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        times = torch.randint(len(noising), (2,), device="cuda")
+        noising.loss(model(noising.add_noise(x0, times, seed=seed)), x0, times, seed=seed).mean().backward()
+        t = torch.rand(2, device="cuda")
+        drawn = Noising.at(1 - t, t, prediction="flow")
+        drawn.loss(model(drawn.add_noise(x0, rows, seed=seed)), x0, rows, seed=seed).mean().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -183,7 +183,7 @@ class Noising:
             x0: (batch, ...), float32, bfloat16 or float16.
             rows: int64, one index, or shape (batch,), or (batch, tokens) for noise levels that differ per token.
             noise: eps; broadcasts to x0. Or
-            seed: int64, one number: eps is ``philox_normal(x0.shape, seed=seed, sample_ids=sample_ids,
+            seed: int64, one or (batch,): eps is ``philox_normal(x0.shape, seed=seed, sample_ids=sample_ids,
                 draw=DRAW_AFFINE_STEP)``, not stored. A number that no other batch has: the training step's.
             sample_ids: int64 (batch,); 0, 1, 2, ... where left out.
             out: receives x_t, outside of autograd; new where left out.

@@ -271,6 +271,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         more |= {"variance": tensor(2, 4096), "noise": torch.zeros(2, 4096), "x0": tensor(2, 4096).clamp(-1, 1)}
         yield example(f"a decoder {factor} off", 2, 4096, rows=1, model_output=output.to(dtype), **more)
     yield example("sample ids", *shape, sample_ids=torch.tensor([5, 1, 9, 2**31, 0]))
+    yield example("seeds", *shape, seed=torch.tensor([3, -1, 2**62, 3, 0]), gradients=every)
     yield example("noise given", *shape, noise=tensor(*shape), gradients=every)
     yield example("broadcast", *shape, noise=tensor(5, 1, 1, 9), mask=tensor(7, 1), gradients=every)
     yield example("mask", *shape, mask=torch.rand(5, 1, 7, 9, generator=generator).to(dtype), gradients=every)

@@ -147,12 +147,15 @@ class _Multistep(_Exponential):
     def _row(self, index: int, order: int) -> Columns:
         sigma, following = self._interval(index)
         step = X
-        # A step of no length has no slope; diffusers divides by it, and rounding may even turn it round.
-        if sigma != following and not (self._noisy and following > sigma):
+        if not self._stands(sigma, following):
             step = self._update(self._grid(index - order + 1, index + 1), order - 1, order).of()
         return (
             self._columns(index, step, None, order - 1) | {f"h{j}_1": 0.0 for j in range(order - 1)} | {"step": index}
         )
+
+    def _stands(self, sigma: float, following: float) -> bool:
+        """Whether a step has no length, but for rounding where that is the noise's: diffusers divides by the length."""
+        return sigma == following or (self._noisy and following > sigma * (1.0 - 1e-6))
 
     def _multistep(
         self, sample: Tensor, model_output: Tensor, timestep: Any, return_dict: bool, noise: Any = None
@@ -209,6 +212,17 @@ class DPMSolverMultistepScheduler(_DPMSolver, diffusers.DPMSolverMultistepSchedu
     """
 
     _noise_dtype = torch.float32
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        mu: float | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        if timesteps is not None and self.config.use_flow_sigmas:
+            raise ValueError("timesteps cannot be chosen where use_flow_sigmas makes them")
+        super().set_timesteps(num_inference_steps, device, mu, timesteps)
 
 
 class DPMSolverMultistepInverseScheduler(_DPMSolver, diffusers.DPMSolverMultistepInverseScheduler):
@@ -296,7 +310,7 @@ class CosineDPMSolverMultistepScheduler(_Preconditioned, diffusers.CosineDPMSolv
         noise = None
         if isinstance(generator[0] if isinstance(generator, list) else generator, PhiloxGenerator):
             noise = draw_noise(sample.shape, generator, sample.device, sample.dtype)
-        elif sigma != following:
+        elif not self._stands(sigma, following):
             noise = {"noise": self._brownian(sample, index, generator)}
         return self._multistep(sample, model_output, timestep, return_dict, noise)
 

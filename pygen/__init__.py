@@ -11,6 +11,7 @@ from pygen.ops.diffusion_loss import diffusion_loss
 from pygen.ops.dynamic_threshold import dynamic_threshold
 from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.philox_normal import philox_normal
+from pygen.ops.sample_gram import sample_gram
 from pygen.patch import accelerate
 
 __version__ = "0.1.0"
@@ -26,4 +27,5 @@ __all__ = [
     "philox_normal",
     "plan",
     "sample",
+    "sample_gram",
 ]

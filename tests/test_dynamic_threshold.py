@@ -99,6 +99,7 @@ def test_an_empty_batch_has_no_thresholds() -> None:
 
 X = torch.ones(2, 8)
 READS_ALL = make_table([{"pred_x": 1.0, "pred_out": 1.0, "noise0": 1.0, "h0_0": 1.0}], n_history=1)
+READS_THIRD = make_table([{"pred_x": 1.0, "pred_out": 1.0, "negative": 1.0}], n_history=1)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,8 @@ READS_ALL = make_table([{"pred_x": 1.0, "pred_out": 1.0, "noise0": 1.0, "h0_0": 
         ({"model_output": torch.ones(3, 8)}, ValueError, r"model_output of shape \[3, 8\] does not broadcast to x"),
         ({"model_output": None}, ValueError, "row 0 reads the model output, and model_output is None"),
         ({"model_output": None, "uncond": X}, ValueError, "uncond needs model_output"),
+        ({"negative": X}, ValueError, "negative needs uncond"),
+        ({"uncond": X, "table": READS_THIRD}, ValueError, "row 0 reads negative, and negative is None"),
         ({"table": READS_ALL.float()}, TypeError, "table must be Double"),
         ({"table": READS_ALL[0]}, ValueError, "table must have shape"),
         ({"table": READS_ALL[:, :-1]}, ValueError, "table must have shape"),

@@ -1,6 +1,6 @@
 """The ops: one module each, and nothing else to edit when adding one but this list."""
 
-from pygen.ops import affine_step, diffusion_loss, dynamic_threshold, group_norm_silu, philox_normal
+from pygen.ops import affine_step, diffusion_loss, dynamic_threshold, group_norm_silu, philox_normal, sample_gram
 from pygen.ops.spec import SPECS, Example, OpSpec
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "dynamic_threshold",
     "group_norm_silu",
     "philox_normal",
+    "sample_gram",
 ]

@@ -8,6 +8,7 @@
 #include "pygen/diffusion_loss.h"
 #include "pygen/dynamic_threshold.h"
 #include "pygen/philox_normal.h"
+#include "pygen/sample_gram.h"
 
 using namespace pygen;
 
@@ -119,6 +120,20 @@ void loss(int64_t samples, int64_t tokens, int64_t elements, int64_t stride, DTy
   cuda::diffusion_loss(args, nullptr);
 }
 
+void gram(int64_t samples, int64_t elements, int64_t stride, DType dtype) {
+  const Buffer one(samples, 1, elements, stride, dtype), other(samples, 1, elements, stride, dtype);
+  SampleGramArgs args{};
+  args.ndim = args.n_vectors = 2;
+  args.size[0] = samples, args.size[1] = args.sample_elements = elements;
+  args.vector[0] = {one.operand.data, {elements * stride, stride}, dtype};
+  args.vector[1] = {other.operand.data, {elements * stride, stride}, dtype};
+  args.blocks = (elements + kGramBlock - 1) / kGramBlock;
+  std::vector<double> partials(samples * args.blocks * gram_sums(2)), out(samples * 9);
+  args.partials = partials.data(), args.out = out.data();
+  args.out_stride[0] = 9, args.out_stride[1] = 3, args.out_stride[2] = 1;
+  cuda::sample_gram(args, nullptr);
+}
+
 // Where no host could check a launch before it ran: a row beyond the table, or one that reads what is absent.
 bool makes_nan(int64_t row, bool reads_output) {
   float x[9] = {}, next[9] = {};
@@ -175,6 +190,8 @@ int main() {
   }
   for (const int64_t elements : {1, 9, 300, 16384, 16385}) threshold(2, elements, 1, DType::kFloat32), ++cases;
   threshold(2, 40000, 3, DType::kBFloat16), ++cases;
+  for (const int64_t elements : {1, 9, 300, 8192, 8193}) gram(2, elements, 1, DType::kFloat32), ++cases;
+  gram(2, 20000, 3, DType::kBFloat16), ++cases;
   std::printf("%d launches\n", cases);
   const bool poisoned = makes_nan(1, false) && makes_nan(-1, false) && makes_nan(0, true) && !makes_nan(0, false) &&
                         loses_nan(1, 0.0) && loses_nan(-1, 0.0) && loses_nan(0, 1.0) && !loses_nan(0, 0.0);

@@ -45,4 +45,8 @@ PYBIND11_MODULE(_C, module) {
   module.attr("LOSS_COLUMNS") = loss_columns;
   module.attr("MAX_HISTORY") = pygen::kMaxHistory;
   module.attr("DRAW_AFFINE_STEP") = static_cast<uint32_t>(pygen::kDrawAffineStep);
+  module.attr("DRAW_TOKEN") = static_cast<uint32_t>(pygen::kDrawToken);
+  module.attr("DRAW_UNMASK") = static_cast<uint32_t>(pygen::kDrawUnmask);
+  module.attr("DRAW_POSTERIOR") = static_cast<uint32_t>(pygen::kDrawPosterior);
+  module.attr("DRAW_ROUTE") = static_cast<uint32_t>(pygen::kDrawRoute);
 }

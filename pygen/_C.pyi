@@ -2,6 +2,10 @@ AFFINE_COLUMNS: list[str]
 LOSS_COLUMNS: list[str]
 MAX_HISTORY: int
 DRAW_AFFINE_STEP: int
+DRAW_TOKEN: int
+DRAW_UNMASK: int
+DRAW_POSTERIOR: int
+DRAW_ROUTE: int
 CUDA_BUILT: bool
 
 def isa() -> str: ...

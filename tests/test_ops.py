@@ -47,7 +47,7 @@ def in_guarded_memory(example: Example, outputs: list[str]) -> tuple[Example, li
         if any(out is other for other in others):
             continue  # written in place: it must stay the very tensor that is read
         span = sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True)) + 1
-        buffer = torch.full((max(span, 0) + 128,), 7.0, dtype=out.dtype)
+        buffer = torch.full((max(span, 0) + 128,), 7, dtype=out.dtype)
         arguments[name] = buffer.as_strided(out.shape, out.stride(), 61)
         outside = torch.ones_like(buffer, dtype=torch.bool)
         outside.as_strided(out.shape, out.stride(), 61).fill_(False)
@@ -80,7 +80,7 @@ def test_nothing_is_written_outside(spec: OpSpec, dtype: torch.dtype, isa: str) 
         for name, result in expected.items():
             assert torch.equal(guarded.arguments[name].nan_to_num(3.0), result.nan_to_num(3.0)), (example.name, name)
         for buffer, outside in surroundings:
-            assert bool((buffer[outside] == 7.0).all()), f"{example.name}: written outside"
+            assert bool((buffer[outside] == torch.tensor(7).to(buffer.dtype)).all()), f"{example.name}: written outside"
 
 
 @OPS
@@ -95,7 +95,7 @@ def test_instruction_sets_agree_to_the_bit(spec: OpSpec, dtype: torch.dtype, thr
                 results.append(run(spec, example))
             for name, result in results[0].items():
                 for other in results[1:]:
-                    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[result.itemsize]
+                    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[result.itemsize]
                     same = result.contiguous().view(bits) == other[name].contiguous().view(bits)
                     assert bool((same | result.isnan().contiguous()).all()), (example.name, name)
     finally:

@@ -1,6 +1,14 @@
 """The ops: one module each, and nothing else to edit when adding one but this list."""
 
-from pygen.ops import affine_step, diffusion_loss, dynamic_threshold, group_norm_silu, philox_normal, sample_gram
+from pygen.ops import (
+    affine_step,
+    diffusion_loss,
+    dynamic_threshold,
+    group_norm_silu,
+    philox_normal,
+    sample_gram,
+    token_confidence,
+)
 from pygen.ops.spec import SPECS, Example, OpSpec
 
 __all__ = [
@@ -13,4 +21,5 @@ __all__ = [
     "group_norm_silu",
     "philox_normal",
     "sample_gram",
+    "token_confidence",
 ]

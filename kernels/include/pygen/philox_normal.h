@@ -7,7 +7,14 @@
 namespace pygen {
 
 // The top four bits of a draw name the op that draws; the other twelve are the caller's.
-enum : uint32_t { kDrawPhiloxNormal = 0u << 12, kDrawAffineStep = 1u << 12 };
+enum : uint32_t {
+  kDrawPhiloxNormal = 0u << 12,
+  kDrawAffineStep = 1u << 12,
+  kDrawToken = 8u << 12,
+  kDrawUnmask = 9u << 12,
+  kDrawPosterior = 10u << 12,
+  kDrawRoute = 11u << 12
+};
 
 // Iteration space: size[0] samples, then the logical dimensions of one sample, row-major. The linear index of the
 // kernel's range runs over all of it.

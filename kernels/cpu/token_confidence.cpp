@@ -34,8 +34,7 @@ struct Row {
     return exp((x.vector(i) - center) * rate);
   }
 
-  // Chooses by weights of 1, or of their probability relative to that of `most`; `ties` says how many logits equal to
-  // the last are kept.
+  // Keeps the largest logits up to the one at which the sum of their weights exceeds `target`.
   template <class Weight>
   Kept select_largest(uint64_t target, Weight weight, bool all_ties) const {
     RowBlock x;
@@ -55,7 +54,7 @@ struct Row {
     }
     Kept result{bits<float>(bits_from_ordered(prefix)), INT32_MAX};
     if (all_ties) return result;
-    uint64_t ties = (target - before) / std::max<uint64_t>(1, weight(result.least)) + 1;
+    uint64_t ties = ties_within(target - before, std::max<uint64_t>(1, weight(result.least))) + 1;
     for (int block = 0; block < blocks; ++block) {
       load(block, x);
       for (int i = 0; i < logits.here(block); ++i) {

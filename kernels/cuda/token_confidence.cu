@@ -93,8 +93,9 @@ struct Selection {
     }
     Kept result{from_unsigned(bits_from_ordered(prefix)), INT32_MAX};
     const uint64_t each_weight = weight(result.least) > 0 ? weight(result.least) : 1;
-    uint64_t ties = (target - before) / each_weight + 1;
-    if (all_ties || ties >= at_least / each_weight) return result;
+    if (all_ties) return result;
+    uint64_t ties = ties_within(target - before, each_weight) + 1;
+    if (ties * each_weight >= at_least) return result;
     for (int64_t first = 0; first < vocabulary; first += kRowThreads) {
       const int64_t index = first + threadIdx.x;
       const auto tied = [&](int64_t i) {
@@ -114,7 +115,7 @@ struct Selection {
   }
 };
 
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     filter_kernel(const __grid_constant__ TokenConfidenceArgs args, Workspace workspace) {
   __shared__ uint64_t histogram[kHistogramBins];
   __shared__ unsigned most_key;

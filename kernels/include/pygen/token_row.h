@@ -127,6 +127,16 @@ PYGEN_INLINE uint32_t radix_step(const uint64_t* histogram, int bits, uint64_t t
   return digit;
 }
 
+// a / b, below 2^21: how many of equal weights, of which a row holds no more, fit into a rest. Without a
+// division, which would be a call on a GPU.
+PYGEN_INLINE uint64_t ties_within(uint64_t a, uint64_t b) {
+  uint64_t quotient = 0;
+  for (uint64_t bit = 1 << 20; bit > 0; bit /= 2) {
+    if ((quotient | bit) * b <= a) quotient |= bit;
+  }
+  return quotient;
+}
+
 // log(-log u)'s negative, standard Gumbel; u is kept off 0, and its logarithm too, as diffusers does.
 template <class F, class U>
 PYGEN_INLINE F gumbel(F u, U like) {

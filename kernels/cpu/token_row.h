@@ -13,6 +13,20 @@ PYGEN_INLINE float exp_one(float x) { return exp(splat(x, F32{}))[0]; }
 PYGEN_INLINE float log_one(float x) { return log(splat(x, F32{}), U32{})[0]; }
 PYGEN_INLINE float gumbel_one(float u) { return gumbel(splat(u, F32{}), U32{})[0]; }
 
+PYGEN_INLINE uint32_t bits_of(float value) { return bits<uint32_t>(value); }
+PYGEN_INLINE float load_one(const char* from, DType dtype) {
+  char copy[kLanes * sizeof(float)] = {};
+  std::memcpy(copy, from, size_of(dtype));
+  switch (dtype) {
+    case DType::kFloat32:
+      return load<DType::kFloat32>(copy)[0];
+    case DType::kBFloat16:
+      return load<DType::kBFloat16>(copy)[0];
+    default:
+      return load<DType::kFloat16>(copy)[0];
+  }
+}
+
 struct alignas(64) RowBlock {
   float at[kRowBlock];
   PYGEN_INLINE F32 vector(int i) const { return load_bytes<F32>(at + i); }

@@ -15,6 +15,8 @@ inline constexpr int kWarps = kRowThreads / kWarp;
 inline constexpr int kRounds = kRowBlock / kRowPartials;  // a lane holds eight neighbours of each 256 in a block
 
 PYGEN_INLINE float exp_one(float x) { return exp(x); }
+PYGEN_INLINE uint32_t bits_of(float value) { return to_unsigned(value); }
+PYGEN_INLINE float gumbel_one(float u) { return gumbel(u, uint32_t{}); }
 PYGEN_INLINE double log_sum(double sum) {
   const float close = static_cast<float>(sum);
   return log_double(sum, log(close, to_unsigned(close)));

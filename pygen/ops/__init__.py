@@ -8,6 +8,7 @@ from pygen.ops import (
     philox_normal,
     sample_gram,
     token_confidence,
+    unmask_step,
 )
 from pygen.ops.spec import SPECS, Example, OpSpec
 
@@ -22,4 +23,5 @@ __all__ = [
     "philox_normal",
     "sample_gram",
     "token_confidence",
+    "unmask_step",
 ]

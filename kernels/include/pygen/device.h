@@ -14,6 +14,11 @@
 
 #include "pygen/operand.h"
 
+// Dynamic shared memory, of which a kernel has one array: the emulation defines it for itself.
+#ifndef PYGEN_EMULATION
+#define PYGEN_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
+
 // The only way to launch a kernel.
 #ifdef PYGEN_EMULATION
 #define PYGEN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \

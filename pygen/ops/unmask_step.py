@@ -150,7 +150,7 @@ def unmask_step_reference(
         scale = torch.ones((1, 1), dtype=score.dtype) if temperature is None else temperature.reshape(-1, 1)
         ranked = torch.where(scale == 0, score, score + scale * gumbel)
     # Stable sorts, the less important key first: of equal candidates the first position comes first.
-    by_score = ranked.sort(dim=-1, descending=True, stable=True).indices
+    by_score = torch.where(candidate, ranked, 0).sort(dim=-1, descending=True, stable=True).indices
     order = by_score.gather(-1, (~candidate).gather(-1, by_score).byte().sort(dim=-1, stable=True).indices)
     rank = order.argsort(-1)
 

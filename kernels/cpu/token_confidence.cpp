@@ -174,8 +174,8 @@ struct Row {
       const double below = (static_cast<double>(logit) - row.max) * (args.untempered ? 1.0 : exact_rate);
       const double sum = args.untempered ? row.raw : row.sum;
       prob = static_cast<float>(exp_double(below) / sum);
-      log_prob = static_cast<float>(below - log_sum(sum));
-      entropy = static_cast<float>(log_sum(row.sum) - row.moment / row.sum);
+      log_prob = static_cast<float>(below - log_any(sum));
+      entropy = static_cast<float>(log_any(row.sum) - row.moment / row.sum);
     }
     args.token.put(sample, position, token);
     args.prob.put(sample, position, prob);

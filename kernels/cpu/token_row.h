@@ -122,7 +122,7 @@ PYGEN_INLINE double sum_by_lanes(int count, Term term) {
   return add_by_halves(partial, kRowGroup);
 }
 
-PYGEN_INLINE double log_sum(double sum) { return log_double(sum, log_one(static_cast<float>(sum))); }
+PYGEN_INLINE double log_any(double sum) { return log_double(sum, log_one(static_cast<float>(sum))); }
 
 // Joins n blocks. `factor` receives exp(rate (m_b - m)), by which a block's sums are multiplied.
 [[maybe_unused]] inline RowSummary join_blocks(const BlockSummary* blocks, int n, double rate, double* factor) {
@@ -154,11 +154,16 @@ PYGEN_INLINE int pick_in_groups(int n, double& fraction, Weight weight) {
   return chosen;
 }
 
-// The first two words of a position's Philox block, as a uniform number.
-PYGEN_INLINE double position_uniform(int64_t position, const PhiloxKey& key) {
+// The words of Philox that belong to a position, and the first two as a uniform number.
+PYGEN_INLINE void position_words(int64_t position, const PhiloxKey& key, uint32_t (&to)[4]) {
   U64 words[4];
   philox_block(U64{} + static_cast<uint64_t>(position), key, words);
-  return uniform_double(static_cast<uint32_t>(words[0][0]), static_cast<uint32_t>(words[1][0]));
+  for (int i = 0; i < 4; ++i) to[i] = static_cast<uint32_t>(words[i][0]);
+}
+PYGEN_INLINE double position_uniform(int64_t position, const PhiloxKey& key) {
+  uint32_t words[4];
+  position_words(position, key, words);
+  return uniform_double(words[0], words[1]);
 }
 
 }  // namespace

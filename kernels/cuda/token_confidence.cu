@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kRowThreads)
     const double below = (static_cast<double>(logit_at(found)) - joined.max) * (args.untempered ? 1.0 : row.exact_rate);
     const double sum = args.untempered ? joined.raw : joined.sum;
     prob = static_cast<float>(exp_double(below) / sum);
-    log_prob = static_cast<float>(below - log_sum(sum));
-    entropy = static_cast<float>(log_sum(joined.sum) - joined.moment / joined.sum);
+    log_prob = static_cast<float>(below - log_any(sum));
+    entropy = static_cast<float>(log_any(joined.sum) - joined.moment / joined.sum);
   }
   if (lane == 0) {
     args.token.put(row.sample, row.position, token);

@@ -42,7 +42,7 @@ PYGEN_INLINE double double_from_bits(uint64_t bits) {
   return value;
 }
 
-// e^x for x <= 0 within a few units in the last place of double; 0 where it is below 2^-1000.
+// e^x for x <= 600 within a few units in the last place of double; 0 where it is below 2^-1000.
 PYGEN_INLINE double exp_double(double x) {
   if (!(x > -690.0)) return x == x ? 0.0 : x;
   const double n = (x * 1.4426950408889634 + 0x1.8p52) - 0x1.8p52;
@@ -55,7 +55,7 @@ PYGEN_INLINE double exp_double(double x) {
   return p * double_from_bits(static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52);
 }
 
-// ln x for x >= 1: by a Newton step from float's.
+// ln x by a Newton step from float's.
 PYGEN_INLINE double log_double(double x, float close) { return close + (x * exp_double(-close) - 1.0); }
 
 // What a filter keeps: logits above `least`, and those equal to it up to index `last_tie`. Comparing keeps NaN.

@@ -30,7 +30,7 @@ void token_confidence_op(const at::Tensor& logits, const std::optional<at::Tenso
                          const std::optional<at::Tensor>& noise, const std::optional<at::Tensor>& seed,
                          const std::optional<at::Tensor>& step, const std::optional<at::Tensor>& sample_ids,
                          bool untempered, const at::Tensor& token, const std::optional<at::Tensor>& prob,
-                         const std::optional<at::Tensor>& log_prob, const std::optional<at::Tensor>& entropy,
+                         const std::optional<at::Tensor>& log_prob, const std::optional<at::Tensor>& neg_entropy,
                          const std::optional<at::Tensor>& scaled) {
   // Check and describe.
   TORCH_CHECK_VALUE(logits.dim() == 3, kOp, ": logits must have shape (batch, positions, vocabulary), got ",
@@ -57,7 +57,7 @@ void token_confidence_op(const at::Tensor& logits, const std::optional<at::Tenso
   args.token = plane<int64_t>(kOp, "token", token, size, device);
   args.prob = plane<float>(kOp, "prob", prob, size, device);
   args.log_prob = plane<float>(kOp, "log_prob", log_prob, size, device);
-  args.entropy = plane<float>(kOp, "entropy", entropy, size, device);
+  args.neg_entropy = plane<float>(kOp, "neg_entropy", neg_entropy, size, device);
   if (logits.numel() == 0) return;
 
   // Launch.
@@ -67,7 +67,7 @@ void token_confidence_op(const at::Tensor& logits, const std::optional<at::Tenso
 PYGEN_OP("token_confidence", token_confidence_op,
          "(Tensor logits, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? noise, Tensor? seed, "
          "Tensor? step, Tensor? sample_ids, bool untempered, Tensor(a!) token, Tensor(b!)? prob, "
-         "Tensor(c!)? log_prob, Tensor(d!)? entropy, Tensor(e!)? scaled) -> ()")
+         "Tensor(c!)? log_prob, Tensor(d!)? neg_entropy, Tensor(e!)? scaled) -> ()")
 
 }  // namespace
 }  // namespace pygen

@@ -104,7 +104,7 @@ struct Row {
         return exp(x.vector(i) - center);
       });
     }
-    if (args.entropy.data != nullptr) {
+    if (args.neg_entropy.data != nullptr) {
       summary.moment = block_sum([&](int i) __attribute__((always_inline)) {
         return e.vector(i) * max(splat(-200.0f, F32{}), (x.vector(i) - center) * rate);
       });
@@ -167,7 +167,7 @@ struct Row {
     const double exact_rate = temperature == 0.0f ? 1.0 : 1.0 / temperature;
     const RowSummary row = join_blocks(summaries, blocks, exact_rate, factor);
     int64_t token = 0;
-    float prob = 0.0f, log_prob = -kInfinity, entropy = kInfinity;
+    float prob = 0.0f, log_prob = -kInfinity, neg_entropy = -kInfinity;
     if (row.ok()) {
       float logit;
       token = choose(summaries, factor, row.max, raced, logit);
@@ -175,12 +175,12 @@ struct Row {
       const double sum = args.untempered ? row.raw : row.sum;
       prob = static_cast<float>(exp_double(below) / sum);
       log_prob = static_cast<float>(below - log_any(sum));
-      entropy = static_cast<float>(log_any(row.sum) - row.moment / row.sum);
+      neg_entropy = static_cast<float>(row.moment / row.sum - log_any(row.sum));
     }
     args.token.put(sample, position, token);
     args.prob.put(sample, position, prob);
     args.log_prob.put(sample, position, log_prob);
-    args.entropy.put(sample, position, entropy);
+    args.neg_entropy.put(sample, position, neg_entropy);
   }
 };
 

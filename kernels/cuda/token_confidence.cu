@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kRowThreads)
     summary.raw = block_sum(lane, [&](int k, int j) { return exp(x.at[k][j] - center); });
   }
   x.each(block, lane, [&](float& logit, int) { logit = (logit - center) * row.rate; });
-  if (args.entropy.data != nullptr) {
+  if (args.neg_entropy.data != nullptr) {
     summary.moment = block_sum(lane, [&](int k, int j) { return exp(x.at[k][j]) * max(-200.0f, x.at[k][j]); });
   }
   x.each(block, lane, [&](float& value, int) { value = exp(value); });
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kRowThreads)
   BlockSummary* summaries = workspace.summaries + index * blocks;
   const RowSummary joined = join_blocks(summaries, blocks, row.exact_rate, lane);
   int64_t token = 0;
-  float prob = 0.0f, log_prob = -kInfinity, entropy = kInfinity;
+  float prob = 0.0f, log_prob = -kInfinity, neg_entropy = -kInfinity;
   if (joined.ok()) {
     const bool raced = row.raced(args);
     const bool drawn = !raced && args.philox.seed != nullptr && row.temperature != 0.0f;
@@ -258,13 +258,13 @@ __global__ void __launch_bounds__(kRowThreads)
     const double sum = args.untempered ? joined.raw : joined.sum;
     prob = static_cast<float>(exp_double(below) / sum);
     log_prob = static_cast<float>(below - log_any(sum));
-    entropy = static_cast<float>(log_any(joined.sum) - joined.moment / joined.sum);
+    neg_entropy = static_cast<float>(joined.moment / joined.sum - log_any(joined.sum));
   }
   if (lane == 0) {
     args.token.put(row.sample, row.position, token);
     args.prob.put(row.sample, row.position, prob);
     args.log_prob.put(row.sample, row.position, log_prob);
-    args.entropy.put(row.sample, row.position, entropy);
+    args.neg_entropy.put(row.sample, row.position, neg_entropy);
   }
 }
 

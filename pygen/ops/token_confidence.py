@@ -36,13 +36,13 @@ def token_confidence(
     token: Tensor | None = None,
     prob: Tensor | None = None,
     log_prob: Tensor | None = None,
-    entropy: Tensor | None = None,
+    neg_entropy: Tensor | None = None,
     scaled: Tensor | None = None,
 ) -> Tensor:
     """One token per position from softmax(logits / temperature), and how sure the model is of it.
 
     Without ``noise`` and ``seed`` the token is the most likely one. Of equal logits the first counts as the largest. A
-    row that is all -inf, or holds NaN or +inf, yields token 0 with probability 0 and entropy inf.
+    row that is all -inf, or holds NaN or +inf, yields token 0 with probability 0, the logarithm and neg_entropy -inf.
 
     Args:
         logits: (batch, positions, vocabulary), float32, bfloat16 or float16, of any strides; up to 2^20 tokens.
@@ -55,8 +55,8 @@ def token_confidence(
             ``sample_ids`` ((batch,), else 0, 1, 2, ...) and inverted through the cumulative probabilities.
         untempered: prob and log_prob are those at temperature 1.
         token: int64 (batch, positions), receives the tokens; new where left out.
-        prob, log_prob, entropy: float32 (batch, positions), receive the token's probability after the filters, its
-            logarithm, and the entropy of the row in nats, where given.
+        prob, log_prob, neg_entropy: float32 (batch, positions), receive the token's probability after the filters, its
+            logarithm, and minus the entropy of the row in nats, where given: three measures of confidence.
         scaled: receives logits / temperature, unfiltered, where given.
 
     Returns:
@@ -79,11 +79,11 @@ def token_confidence(
     }
     if use_reference("token_confidence", _BACKENDS, logits.device):
         results = token_confidence_reference(logits, **settings)
-        for tensor, result in zip((token, prob, log_prob, entropy, scaled), results, strict=True):
+        for tensor, result in zip((token, prob, log_prob, neg_entropy, scaled), results, strict=True):
             if tensor is not None:
                 tensor.copy_(result)
         return token
-    _kernel(logits, *settings.values(), token, prob, log_prob, entropy, scaled)
+    _kernel(logits, *settings.values(), token, prob, log_prob, neg_entropy, scaled)
     return token
 
 
@@ -139,13 +139,13 @@ def token_confidence_reference(
         cumulative = p.double().cumsum(-1)
         drawn = torch.searchsorted(cumulative, u[..., None] * cumulative[..., -1:], right=True)[..., 0]
         token = torch.where(greedy[..., 0], token, drawn)
-    entropy = torch.special.entr(p).sum(-1)
+    neg_entropy = -torch.special.entr(p).sum(-1)
     log_prob = (logits if untempered else logits / divisor).log_softmax(-1).gather(-1, token[..., None])[..., 0]
     return (
         torch.where(ok, token, 0),
         torch.where(ok, log_prob.exp(), 0),
         torch.where(ok, log_prob, -math.inf),
-        torch.where(ok, entropy, math.inf),
+        torch.where(ok, neg_entropy, -math.inf),
         scaled.to(dtype),
     )
 
@@ -189,7 +189,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
 
     def example(name: str, logits: Tensor, **more: Any) -> Example:
         size = logits.shape[:2]
-        outputs: dict[str, Any] = {name: torch.full(size, math.nan) for name in ("prob", "log_prob", "entropy")}
+        outputs: dict[str, Any] = {name: torch.full(size, math.nan) for name in ("prob", "log_prob", "neg_entropy")}
         return Example(name, {"logits": logits, "token": torch.full(size, -1)} | outputs | more)
 
     one, seed = torch.tensor([0.7]), torch.tensor([0x0123456789ABCDEF])
@@ -224,7 +224,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     wide = draw(3, 10, 2 * 150 + 1)
     yield example("sliced", wide[::2, 1:8:3, 1::2], seed=seed)
     yield example("misaligned", draw(1 + 2 * 3 * 129).flatten()[1:].view(2, 3, 129), noise=exponentials(2, 3, 129))
-    strided = {name: torch.full((5, 2), math.nan).T for name in ("prob", "log_prob", "entropy")}
+    strided = {name: torch.full((5, 2), math.nan).T for name in ("prob", "log_prob", "neg_entropy")}
     yield example("outputs strided", draw(2, 5, 60), **strided, token=torch.full((5, 4), -1)[:, ::2].T)
     special = draw(7, 2, 1100)
     special[0, :, 5], special[1, :, 1050], special[2], special[3, :, 9] = math.nan, math.inf, -math.inf, -math.inf
@@ -252,11 +252,11 @@ def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
 TOKEN_CONFIDENCE = OpSpec(
     name="token_confidence",
     function=token_confidence,
-    reference=lambda token, prob=None, log_prob=None, entropy=None, scaled=None, **arguments: (
+    reference=lambda token, prob=None, log_prob=None, neg_entropy=None, scaled=None, **arguments: (
         token_confidence_reference(**arguments)
     ),
     operator=_kernel,
-    outputs=("token", "prob", "log_prob", "entropy", "scaled"),
+    outputs=("token", "prob", "log_prob", "neg_entropy", "scaled"),
     backends=_BACKENDS,
     examples=_examples,
     bytes_moved=lambda example: tensor_bytes(

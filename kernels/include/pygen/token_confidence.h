@@ -18,7 +18,7 @@ struct TokenConfidenceArgs {
   Setting<int64_t> top_k;
   PhiloxSettings philox;  // draws the token where a seed is given
   Plane<int64_t> token;
-  Plane<float> prob, log_prob, entropy;
+  Plane<float> prob, log_prob, neg_entropy;
   void* workspace;  // for the GPU: token_confidence_workspace() bytes
 };
 

@@ -46,8 +46,17 @@ from pygen.diffusers.karras import (
 from pygen.diffusers.multistep import IPNDMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from pygen.diffusers.noise import PhiloxGenerator
 from pygen.diffusers.sde_ve import CMStochasticIterativeScheduler, KarrasVeScheduler, ScoreSdeVeScheduler
+from pygen.diffusers.tokens import (
+    AmusedScheduler,
+    BlockRefinementScheduler,
+    DiscreteDDIMScheduler,
+    EntropyBoundScheduler,
+    VQDiffusionScheduler,
+)
 
 __all__ = [
+    "AmusedScheduler",
+    "BlockRefinementScheduler",
     "CMStochasticIterativeScheduler",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
@@ -63,8 +72,10 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
+    "DiscreteDDIMScheduler",
     "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
+    "EntropyBoundScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMapEulerDiscreteScheduler",
@@ -93,4 +104,5 @@ __all__ = [
     "TCDScheduler",
     "UnCLIPScheduler",
     "UniPCMultistepScheduler",
+    "VQDiffusionScheduler",
 ]

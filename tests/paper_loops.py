@@ -8,6 +8,7 @@ all times.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from decimal import Decimal, localcontext
@@ -168,3 +169,302 @@ def unipc(
             corrected = corrector and i > first
             x_c = _unified(i, lam, alpha, sigma, x_c, Q, p_i, B, corrects=True) if corrected else x_i
     return trajectory
+
+
+def _phis(h: float) -> tuple[float, float, float]:
+    """e^h - 1, (e^h - 1) / h - 1, ((e^h - 1) / h - 1) / h - 1/2; in 60 digits, since it cancels."""
+    with localcontext() as context:
+        context.prec = 60
+        exact_h = Decimal(h)
+        phi_1 = exact_h.exp() - 1
+        phi_2 = phi_1 / exact_h - 1
+        return float(phi_1), float(phi_2), float(phi_2 / exact_h - Decimal("0.5"))
+
+
+def _dpm_step(
+    x: Tensor, D: Sequence[Tensor], z: Tensor, level: Floats, h: float, algorithm_type: str, solver_type: str
+) -> Tensor:
+    """A step of Lu et al.'s code from (alpha_s, sigma_s) to (alpha_t, sigma_t), given D0, D1 and D2 as far as known."""
+    alpha_s, sigma_s, alpha_t, sigma_t = level
+    if sigma_t == 0:  # e^-h = 0, and no noise is added to the result
+        ratio, weight, z_weight = 0.0, alpha_t, 0.0
+        if not algorithm_type.endswith("++"):
+            ratio, weight = alpha_t / alpha_s, -sigma_s * alpha_t / alpha_s
+        return ratio * x + weight * D[0]
+    twice = 2 if algorithm_type.startswith("sde") else 1
+    if algorithm_type.endswith("++"):
+        z_weight = sigma_t * math.sqrt(-math.expm1(-2 * h)) if twice == 2 else 0.0
+        ratio = sigma_t / sigma_s * (math.exp(-h) if twice == 2 else 1.0)
+        phi_1, phi_2, phi_3 = _phis(-twice * h) if math.isfinite(h) else (-1.0, math.nan, math.nan)
+        weights = [-alpha_t * phi_1, -alpha_t * phi_2, -alpha_t * phi_3]
+    else:
+        z_weight = sigma_t * math.sqrt(math.expm1(2 * h)) if twice == 2 else 0.0
+        ratio = alpha_t / alpha_s
+        weights = [-twice * sigma_t * phi for phi in _phis(h)]
+    if solver_type == "midpoint" and len(D) == 2:
+        weights[1] = weights[0] / 2
+    x = ratio * x + sum(weight * d for weight, d in zip(weights, D, strict=False))
+    return x + z_weight * z if z_weight else x
+
+
+def dpm_multistep(
+    alpha: Floats,
+    sigma: Floats,
+    x: Tensor,
+    model: Callable[[int, Tensor], Tensor],
+    z: Sequence[Tensor],
+    orders: Sequence[int],
+    algorithm_type: str,
+    solver_type: str,
+) -> list[Tensor]:
+    """Lu et al. 2022 (DPM-Solver++), the multistep updates of their code; ``model`` is of x_0 (++) or epsilon."""
+    lam = _lambda(alpha, sigma)
+    trajectory, m = [x], []
+    for i, order in enumerate(orders):
+        m.append(model(i, x))
+        h = lam[i + 1] - lam[i]
+        D = [m[i]]
+        if order > 1:
+            r0 = (lam[i] - lam[i - 1]) / h
+            D1_0 = (m[i] - m[i - 1]) / r0
+            D.append(D1_0)
+        if order == 3:
+            r1 = (lam[i - 1] - lam[i - 2]) / h
+            D1_1 = (m[i - 1] - m[i - 2]) / r1
+            D = [m[i], D1_0 + r0 / (r0 + r1) * (D1_0 - D1_1), (D1_0 - D1_1) / (r0 + r1)]
+        x = _dpm_step(x, D, z[i], (alpha[i], sigma[i], alpha[i + 1], sigma[i + 1]), h, algorithm_type, solver_type)
+        trajectory.append(x)
+    return trajectory
+
+
+def dpm_singlestep(
+    alpha: Floats,
+    sigma: Floats,
+    x: Tensor,
+    model: Callable[[int, Tensor], Tensor],
+    z: Sequence[Tensor],
+    orders: Sequence[int],
+    algorithm_type: str,
+    solver_type: str,
+) -> list[Tensor]:
+    """The same, singlestep: at order k the update begins k - 1 times before, at the sample that order 1 has seen."""
+    lam = _lambda(alpha, sigma)
+    trajectory, m = [x], []
+    start = x
+    for i, order in enumerate(orders):
+        m.append(model(i, x))
+        s = i - order + 1
+        if order == 1:
+            start = x
+        h = lam[i + 1] - lam[s]
+        D = [m[s]]
+        if order == 2:
+            D.append((m[i] - m[s]) / ((lam[i] - lam[s]) / h))
+        elif order == 3:
+            r0, r1 = (lam[i] - lam[s]) / h, (lam[i - 1] - lam[s]) / h
+            D1_0, D1_1 = (m[i - 1] - m[s]) / r1, (m[i] - m[s]) / r0
+            D = [m[s], (r0 * D1_0 - r1 * D1_1) / (r0 - r1), 2 * (D1_1 - D1_0) / (r0 - r1)]
+            if solver_type == "midpoint":
+                D = [m[s], D1_1, 0 * D1_1]
+        level = (alpha[s], sigma[s], alpha[i + 1], sigma[i + 1])
+        x = _dpm_step(start, D, z[i], level, h, algorithm_type, solver_type)
+        trajectory.append(x)
+    return trajectory
+
+
+def _lagrange(nodes: Floats, j: int, at: float) -> float:
+    return math.prod((at - other) / (nodes[j] - other) for k, other in enumerate(nodes) if k != j)
+
+
+def _integral(f: Callable[[float], float], start: float, end: float) -> float:
+    """Gauss-Legendre by 64 points, which for these integrands leaves nothing but rounding."""
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    middle, half = (start + end) / 2, (end - start) / 2
+    return half * math.fsum(w * f(middle + half * node) for node, w in zip(nodes, weights, strict=True))
+
+
+def deis(
+    alpha: Floats, sigma: Floats, x: Tensor, epsilon: Callable[[int, Tensor], Tensor], orders: Sequence[int]
+) -> list[Tensor]:
+    """Zhang & Chen 2023, equation 15 in x / alpha: the integral over rho of polynomials in log rho."""
+    rho = [s / a for a, s in zip(alpha, sigma, strict=True)]
+    trajectory, eps = [x], []
+    for i, order in enumerate(orders):
+        eps.append(epsilon(i, x))
+        y = x / alpha[i]
+        if order == 1:
+            y = y + (rho[i + 1] - rho[i]) * eps[i]
+        else:
+            nodes = [math.log(rho[i - j]) for j in range(order)]
+            for j in range(order):
+                # d rho = rho d log rho
+                f = lambda u, j=j: math.exp(u) * _lagrange(nodes, j, u)  # noqa: B023, E731
+                y = y + _integral(f, math.log(rho[i]), math.log(rho[i + 1])) * eps[i - j]
+        x = alpha[i + 1] * y
+        trajectory.append(x)
+    return trajectory
+
+
+def _phi(x: Tensor, e: Tensor, start: Floats, end: Floats) -> Tensor:
+    """Liu et al. 2022, equation 11, the transfer part, in alpha and sigma."""
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = start, end
+    return alpha_t / alpha_s * x - (alpha_t * sigma_s - alpha_s * sigma_t) / alpha_s * e
+
+
+Level = Callable[[float], tuple[float, float]]
+Epsilon = Callable[[Tensor, float], Tensor]
+
+
+def _linear_multistep(ets: Sequence[Tensor], order: int = 4) -> Tensor:
+    """Liu et al. 2022, equation 12, and the lower orders; the newest comes last."""
+    e = list(ets)[-order:][::-1]
+    if len(e) == 1:
+        return e[0]
+    if len(e) == 2:
+        return (3 * e[0] - e[1]) / 2
+    if len(e) == 3:
+        return (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
+    return (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3]) / 24
+
+
+def pndm(times: Floats, level: Level, x: Tensor, epsilon: Epsilon) -> Tensor:
+    """Liu et al. 2022, algorithm 2 (F-PNDM); ``level(t)`` is (alpha, sigma), ``epsilon(x, t)`` the model."""
+    ets: list[Tensor] = []
+    for i in range(len(times) - 1):
+        t, t_next = times[i], times[i + 1]
+        ets.append(epsilon(x, t))
+        if i < 3:
+            middle = (t + t_next) / 2
+            e_1 = ets[-1]
+            e_2 = epsilon(_phi(x, e_1, level(t), level(middle)), middle)
+            e_3 = epsilon(_phi(x, e_2, level(t), level(middle)), middle)
+            e_4 = epsilon(_phi(x, e_3, level(t), level(t_next)), t_next)
+            e = (e_1 + 2 * e_2 + 2 * e_3 + e_4) / 6
+        else:
+            e = _linear_multistep(ets)
+        x = _phi(x, e, level(t), level(t_next))
+    return x
+
+
+def plms(times: Floats, level: Level, x: Tensor, epsilon: Epsilon) -> Tensor:
+    """The sampler of latent diffusion (Rombach et al. 2022): pseudo improved Euler, then linear multistep."""
+    ets: list[Tensor] = []
+    for i in range(len(times) - 1):
+        t, t_next = times[i], times[i + 1]
+        ets.append(epsilon(x, t))
+        if i == 0:
+            e = (ets[0] + epsilon(_phi(x, ets[0], level(t), level(t_next)), t_next)) / 2
+        else:
+            e = _linear_multistep(ets)
+        x = _phi(x, e, level(t), level(t_next))
+    return x
+
+
+def ipndm(times: Floats, level: Level, x: Tensor, epsilon: Epsilon, order: int) -> Tensor:
+    """The same without a beginning of its own (Zhang & Chen 2023)."""
+    ets: list[Tensor] = []
+    for t, t_next in itertools.pairwise(times):
+        ets.append(epsilon(x, t))
+        x = _phi(x, _linear_multistep(ets, order), level(t), level(t_next))
+    return x
+
+
+def sa_solver(
+    alpha: Floats,
+    sigma: Floats,
+    x_T: Tensor,
+    predict: Predict,
+    z: Sequence[Tensor],
+    tau: Callable[[float], float],
+    orders: Sequence[tuple[int, int]],
+    few_steps: bool,
+) -> list[Tensor]:
+    """Xue et al. 2023, algorithm 1 in data prediction; ``orders``: of the predictor and the corrector of each step."""
+    lam = _lambda(alpha, sigma)
+    trajectory, m, x = [x_T], [predict(0, x_T)[0]], x_T
+    for i, (p, q) in enumerate(orders):
+        h = lam[i + 1] - lam[i]
+        t = tau(sigma[i] / alpha[i])
+
+        def adams(nodes: Sequence[int], x: Tensor, i: int = i, t: float = t, h: float = h) -> Tensor:
+            if sigma[i + 1] == 0:
+                return alpha[i + 1] * m[nodes[0]]
+            b = []
+            for j in range(len(nodes)):
+                places = [lam[n] for n in nodes]
+                f = lambda u, j=j: math.exp(-(1 + t**2) * (lam[i + 1] - u)) * _lagrange(places, j, u)  # noqa: B023, E731
+                b.append((1 + t**2) * alpha[i + 1] * _integral(f, lam[i], lam[i + 1]))
+            if len(nodes) == 2 and few_steps:
+                H = (1 + t**2) * h
+                change = (1 + t**2) * alpha[i + 1] * (h**2 / 2 - (H - 1 + math.exp(-H)) / (1 + t**2) ** 2)
+                b[0] += change / (lam[nodes[0]] - lam[nodes[1]])
+                b[1] -= change / (lam[nodes[0]] - lam[nodes[1]])
+            x = math.exp(-(t**2) * h) * sigma[i + 1] / sigma[i] * x
+            x = x + sum(b_j * m[n] for b_j, n in zip(b, nodes, strict=True))
+            return x + sigma[i + 1] * math.sqrt(-math.expm1(-2 * t**2 * h)) * z[i]
+
+        predicted = adams(range(i, i - p, -1), x)
+        trajectory.append(predicted)
+        if i + 1 < len(orders):
+            m.append(predict(i + 1, predicted)[0])
+            x = adams(range(i + 1, i + 1 - q, -1), x) if q else predicted
+    return trajectory
+
+
+def consistency(
+    sigma: Floats, x: Tensor, f: Callable[[int, Tensor], Tensor], z: Sequence[Tensor], eps: float
+) -> list[Tensor]:
+    """Song et al. 2023, algorithm 1: x is x_0 + sigma noise."""
+    trajectory = [x]
+    for i in range(len(sigma) - 1):
+        x = f(i, x)
+        if sigma[i + 1] > 0:
+            x = x + math.sqrt(max(sigma[i + 1] ** 2 - eps**2, 0)) * z[i]
+        trajectory.append(x)
+    return trajectory
+
+
+def lcm(
+    times: Floats, alpha: Floats, sigma: Floats, x: Tensor, predict: Predict, z: Sequence[Tensor], scaling: float,
+    sigma_data: float,
+) -> list[Tensor]:  # fmt: skip
+    """Luo et al. 2023, algorithm 3, with the skip connection of their code."""
+    trajectory = [x]
+    for i in range(len(alpha) - 1):
+        t = times[i] * scaling
+        c_skip, c_out = sigma_data**2 / (t**2 + sigma_data**2), t / (t**2 + sigma_data**2) ** 0.5
+        denoised = c_skip * x + c_out * predict(i, x)[0]
+        x = alpha[i + 1] * denoised
+        if sigma[i + 1] > 0:
+            x = x + sigma[i + 1] * z[i]
+        trajectory.append(x)
+    return trajectory
+
+
+def tcd(
+    times: Floats, level: Level, x: Tensor, predict: Predict, z: Sequence[Tensor], gamma: float, clean: float
+) -> list[Tensor]:
+    """Zheng et al. 2024, algorithm 4 (strategic stochastic sampling); epsilon is what x and x_0 leave."""
+    trajectory = [x]
+    for i in range(len(times) - 1):
+        (alpha_t, sigma_t), (alpha_n, sigma_n) = level(times[i]), level(times[i + 1])
+        x_0 = predict(i, x)[0]
+        epsilon = (x - alpha_t * x_0) / sigma_t
+        if sigma_n > 0:
+            alpha_s, sigma_s = level(clean + (1 - gamma) * (times[i + 1] - clean))
+            x = alpha_n / alpha_s * (alpha_s * x_0 + sigma_s * epsilon)
+            x = x + math.sqrt(max(sigma_n**2 - (alpha_n / alpha_s * sigma_s) ** 2, 0.0)) * z[i]
+        else:
+            x = alpha_n * x_0
+        trajectory.append(x)
+    return trajectory
+
+
+def flow_heun(t: Floats, x: Tensor, velocity: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """Heun's method for dx = v dt on the straight path; a step to t = 0 is Euler's."""
+    for i in range(len(t) - 1):
+        v = velocity(x, t[i])
+        if t[i + 1] > 0:
+            v = (v + velocity(x + (t[i + 1] - t[i]) * v, t[i + 1])) / 2
+        x = x + (t[i + 1] - t[i]) * v
+    return x

@@ -17,9 +17,10 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import pygen
-from pygen.diffusion import Schedule, Stepper, StepPlan
+from pygen.diffusion import Schedule, Stepper, StepPlan, make_schedule
+from pygen.ops.affine_step import COLUMNS
 from pygen.ops.philox_normal import DRAW_AFFINE_STEP
-from tests import paper_loops
+from tests import k_diffusion_loops, paper_loops
 from tests.diffusers_float64 import in_float64
 from tests.error_rule import assert_error_rule
 
@@ -30,6 +31,8 @@ STEPS = 12
 FLOAT64_BOUND = 1024 * torch.finfo(torch.float64).eps
 # diffusers has sigma from 1 - alpha^2, which near the clean end (the cosine's: 4e-5) keeps a digit less.
 DIFFUSERS_BOUND = 8 * FLOAT64_BOUND
+# DPM-Solver's loop multiplies x by alpha'/alpha, 5 in the first step on the flow, and what is rounded as well.
+EPSILON_BOUND = 8 * FLOAT64_BOUND
 Model = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -114,36 +117,164 @@ def predictor(
     return predict
 
 
+class Evaluations:
+    """The model as a loop of several evaluations a step calls it: where the plan says, and keeping what it is shown."""
+
+    def __init__(self, plan: StepPlan, predict: paper_loops.Predict, z: Sequence[Tensor]) -> None:
+        self.plan, self.predict, self.z = plan, predict, z
+        self.clips = bool(plan.table[0, COLUMNS["low"]].isfinite())
+        self.alpha, self.sigma = grid(plan)
+        self.samples: list[Tensor] = []
+
+    def epsilon(self, i: int, x: Tensor) -> Tensor:
+        """What is consistent with a clipped prediction of x_0, or the model's own."""
+        x_0, epsilon = self.predict(i, x)
+        return (x - self.alpha[i] * x_0) / self.sigma[i] if self.clips else epsilon
+
+    def next(self, x: Tensor) -> int:
+        self.samples.append(x)
+        return len(self.samples) - 1
+
+    def denoise(self, y: Tensor, rho: float) -> Tensor:
+        x = y * self.alpha[len(self.samples)]
+        i = self.next(x)
+        assert rho == pytest.approx(self.sigma[i] / self.alpha[i], rel=1e-9)
+        return self.predict(i, x)[0]
+
+    def epsilon_at(self, x: Tensor, time: float) -> Tensor:
+        i = self.next(x)
+        assert time == pytest.approx(self.plan.times[i], rel=1e-12)
+        return self.epsilon(i, x)
+
+    def noise(self) -> Tensor:
+        """That of the row whose evaluation was the last."""
+        return self.z[len(self.samples) - 1]
+
+    def trajectory(self, last: Tensor) -> list[Tensor]:
+        return [*self.samples, last]
+
+
+def warm_orders(order: int, sigma: Sequence[float], alpha: Sequence[float], lower_order_final: bool) -> list[int]:
+    """The order of each step of a multistep method: no nodes at infinite lambda, and none at all to sigma = 0."""
+    steps, first = len(sigma) - 1, int(alpha[0] == 0)
+    orders = [min(order, max(i + 1 - first, 1), steps - i if lower_order_final else order) for i in range(steps)]
+    return [*orders[:-1], 1 if sigma[-1] == 0 else orders[-1]]
+
+
+CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
+NOISED = {"eta": 1.0, "s_noise": 1.0}
+# The samplers of k-diffusion: in x / alpha and sigma / alpha, with the defaults of their options.
+K_DIFFUSION: dict[str, dict[str, Any]] = {
+    "euler": CHURN, "heun": CHURN, "dpm_2": CHURN, "lms": {"order": 4}, "euler_ancestral": NOISED,
+    "dpm_2_ancestral": NOISED, "dpmpp_2s_ancestral": NOISED, "dpmpp_sde": NOISED | {"r": 0.5},
+    "dpmpp_2m_sde": NOISED | {"solver_type": "midpoint"}, "dpmpp_3m_sde": NOISED, "dpm_fast": NOISED | {"eta": 0.0},
+}  # fmt: skip
+
+
 def paper(
-    plan: StepPlan, x: Tensor, predict: paper_loops.Predict, z: Sequence[Tensor], options: dict[str, Any]
+    plan: StepPlan,
+    x: Tensor,
+    predict: paper_loops.Predict,
+    z: Sequence[Tensor],
+    options: dict[str, Any],
+    times: Sequence[float] | None = None,
 ) -> list[Tensor]:
-    """The samples of the paper's loop, brought to the coordinates of the plan's schedule."""
-    alpha, sigma = grid(plan)
-    if plan.solver in ("ddpm", "ddim"):  # written for alpha^2 + sigma^2 = 1
-        norm = [math.hypot(a, s) for a, s in zip(alpha, sigma, strict=True)]
-        squares = [(Decimal(a) ** 2, Decimal(s) ** 2) for a, s in zip(alpha, sigma, strict=True)]
-        alpha_bar = [a / (a + s) for a, s in squares]
-        preserving = lambda i, y: predict(i, y * norm[i])  # noqa: E731
-        if plan.solver == "ddpm":
-            loop = paper_loops.ddpm(alpha_bar, x / norm[0], preserving, z, options.get("variance", "fixed_small"))
-        else:
-            clipped = options.get("use_clipped_model_output", True)
-            loop = paper_loops.ddim(alpha_bar, x / norm[0], preserving, z, options.get("eta", 0.0), clipped)
-        return [y * n for y, n in zip(loop, norm, strict=True)]
-    if plan.solver == "euler" and plan.schedule.name == "flow":
-        velocity = lambda i, y: (y - predict(i, y)[0]) / sigma[i]  # noqa: E731
-        return paper_loops.rectified_flow(sigma, x, velocity)
-    if plan.solver == "euler":
-        t = [s / a for a, s in zip(alpha, sigma, strict=True)]
-        loop = paper_loops.euler(t, x / alpha[0], lambda i, y: predict(i, y * alpha[i])[0])
-        return [y * a for y, a in zip(loop, alpha, strict=True)]
+    """The samples of the paper's loop, brought to the coordinates of the plan's schedule. ``times``: of the steps."""
+    times = plan.times.tolist() if times is None else list(times)
+    alpha, sigma = (f(np.array(times)).tolist() for f in (plan.schedule.alpha, plan.schedule.sigma))
+    model = Evaluations(plan, predict, z)
+
+    def level(t: float) -> tuple[float, float]:
+        return float(plan.schedule.alpha(np.array(t))), float(plan.schedule.sigma(np.array(t)))
+
     lower = options.get("lower_order_final", True)
-    if plan.solver == "dpmpp_2m":
-        return paper_loops.dpmpp_2m(alpha, sigma, x, predict, lower)
-    order, variant = options.get("order", 2), options.get("variant", "bh2")
-    return paper_loops.unipc(alpha, sigma, x, predict, order, variant, options.get("corrector", True), lower)
+    match plan.solver:
+        case "ddpm" | "ddim":  # written for alpha^2 + sigma^2 = 1
+            norm = [math.hypot(a, s) for a, s in zip(alpha, sigma, strict=True)]
+            squares = [(Decimal(a) ** 2, Decimal(s) ** 2) for a, s in zip(alpha, sigma, strict=True)]
+            alpha_bar = [a / (a + s) for a, s in squares]
+            preserving = lambda i, y: predict(i, y * norm[i])  # noqa: E731
+            if plan.solver == "ddpm":
+                loop = paper_loops.ddpm(alpha_bar, x / norm[0], preserving, z, options.get("variance", "fixed_small"))
+            else:
+                clipped = options.get("use_clipped_model_output", True)
+                loop = paper_loops.ddim(alpha_bar, x / norm[0], preserving, z, options.get("eta", 0.0), clipped)
+            return [y * n for y, n in zip(loop, norm, strict=True)]
+        case "euler" if plan.schedule.name == "flow" and not options:
+            return paper_loops.rectified_flow(sigma, x, lambda i, y: (y - predict(i, y)[0]) / sigma[i])
+        case "flow_heun":
+            c = [a + s for a, s in zip(*grid(plan), strict=True)]
+
+            def velocity(y: Tensor, t: float) -> Tensor:
+                i = model.next(y * c[len(model.samples)])
+                assert t == pytest.approx(model.sigma[i] / c[i], rel=1e-12)
+                return (y - predict(i, model.samples[i])[0]) / t
+
+            share = [s / (a + s) for a, s in zip(alpha, sigma, strict=True)]
+            return model.trajectory(paper_loops.flow_heun(share, x / c[0], velocity) * c[-1])
+        case name if name in K_DIFFUSION:
+            rho = [s / a for a, s in zip(alpha, sigma, strict=True)]
+            loop = getattr(k_diffusion_loops, name)
+            last = loop(rho, x / alpha[0], model.denoise, model.noise, **(K_DIFFUSION[name] | options))
+            return model.trajectory(last * alpha[-1])
+        case "dpmpp_2m":
+            return paper_loops.dpmpp_2m(alpha, sigma, x, predict, lower)
+        case "dpm_multistep" | "dpm_singlestep":
+            algorithm_type, solver_type = (
+                options.get("algorithm_type", "dpmsolver++"), options.get("solver_type", "midpoint")
+            )  # fmt: skip
+            value = (lambda i, y: predict(i, y)[0]) if algorithm_type.endswith("++") else model.epsilon
+            order = options.get("order", 2)
+            orders = warm_orders(order, sigma, alpha, lower)
+            if plan.solver == "dpm_singlestep":
+                orders = [k + 1 for k in range(order)] * (plan.steps // order)
+                tail = plan.steps - len(orders)
+                if tail == 0 and lower:
+                    orders[-1] = 1
+                orders += [k + 1 for k in range(tail)]
+                if sigma[-1] == 0:
+                    orders[-1] = 1
+            loop = getattr(paper_loops, plan.solver)
+            return loop(alpha, sigma, x, value, z, orders, algorithm_type, solver_type)
+        case "deis":
+            orders = warm_orders(options.get("order", 3), sigma, alpha, lower)
+            return paper_loops.deis(alpha, sigma, x, model.epsilon, orders)
+        case "pndm" | "plms" | "ipndm":
+            order = {"order": options.get("order", 4)} if plan.solver == "ipndm" else {}
+            return model.trajectory(getattr(paper_loops, plan.solver)(times, level, x, model.epsilon_at, **order))
+        case "sa_solver":
+            tau, low, high = options.get("tau", 1.0), options.get("s_tmin", 0.0), options.get("s_tmax", math.inf)
+            p, q = options.get("predictor_order", 2), options.get("corrector_order", 2)
+            predictors = warm_orders(p, sigma, alpha, lower)
+            correctors = [min(q, i + 2, len(predictors) - i + 1 if lower else q) for i in range(len(predictors))]
+            at = lambda rho: tau if low <= rho <= high else 0.0  # noqa: E731
+            orders = list(zip(predictors, correctors, strict=True))
+            return paper_loops.sa_solver(alpha, sigma, x, predict, z, at, orders, options.get("few_steps", True))
+        case "consistency":
+            rho = [s / a for a, s in zip(alpha, sigma, strict=True)]
+            f = lambda i, y: predict(i, y * alpha[i])[0]  # noqa: E731
+            loop = paper_loops.consistency(rho, x / alpha[0], f, z, options.get("sigma_min", 0.0))
+            return [y * a for y, a in zip(loop, alpha, strict=True)]
+        case "lcm":
+            scaling, data = options.get("timestep_scaling", 10.0), options.get("sigma_data", 0.5)
+            return paper_loops.lcm(times, alpha, sigma, x, predict, z, scaling, data)
+        case "tcd":
+            return paper_loops.tcd(times, level, x, predict, z, options.get("eta", 0.3), plan.schedule.t_clean)
+        case _:
+            assert plan.solver == "unipc"
+            order, variant = options.get("order", 2), options.get("variant", "bh2")
+            return paper_loops.unipc(alpha, sigma, x, predict, order, variant, options.get("corrector", True), lower)
 
 
+DPM_CASES = [
+    {"order": order, "algorithm_type": algorithm_type, "solver_type": solver_type}
+    for order in (1, 2, 3)
+    for algorithm_type in ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
+    for solver_type in ("midpoint", "heun")
+    if order > 1 or solver_type == "midpoint"
+]
+SINGLESTEP_CASES = [case for case in DPM_CASES if case["algorithm_type"] != "sde-dpmsolver"]
+ANCESTRAL = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpm_fast")
 SOLVER_CASES: list[tuple[str, dict[str, Any]]] = [
     *[("ddpm", {"variance": variance}) for variance in ("fixed_small", "fixed_large")],
     *[
@@ -160,6 +291,31 @@ SOLVER_CASES: list[tuple[str, dict[str, Any]]] = [
         for variant in ("bh1", "bh2")
     ],
     ("unipc", {"order": 3, "lower_order_final": False}),
+    *[(name, {}) for name in K_DIFFUSION if name != "euler"],
+    *[(name, {"s_churn": 4.0, "s_tmin": 0.05, "s_tmax": 4.0, "s_noise": 1.1}) for name in ("euler", "heun", "dpm_2")],
+    *[(name, {"eta": 0.6, "s_noise": 0.9}) for name in ANCESTRAL],
+    ("dpmpp_2m_sde", {"solver_type": "heun"}),
+    ("dpmpp_sde", {"eta": 0.8, "s_noise": 0.9, "r": 0.7}),
+    ("flow_heun", {}),
+    *[("lms", {"order": order}) for order in (1, 2, 3)],
+    *[("dpm_multistep", case) for case in DPM_CASES],
+    *[("dpm_multistep", case | {"lower_order_final": False}) for case in DPM_CASES if case["order"] == 3],
+    *[("dpm_singlestep", case) for case in SINGLESTEP_CASES],
+    *[("dpm_singlestep", case | {"lower_order_final": False}) for case in SINGLESTEP_CASES if case["order"] == 3],
+    *[("deis", {"order": order}) for order in (1, 2, 3, 4)],
+    ("deis", {"order": 3, "lower_order_final": False}),
+    ("pndm", {}),
+    ("plms", {}),
+    *[("ipndm", {"order": order}) for order in (1, 2, 3, 4)],
+    *[
+        ("sa_solver", {"predictor_order": p, "corrector_order": q, "tau": tau})
+        for p, q, tau in ((1, 0, 1.0), (1, 1, 0.5), (2, 2, 1.0), (2, 3, 0.0), (3, 4, 0.4), (4, 0, 0.4))
+    ],
+    ("sa_solver", {"predictor_order": 3, "corrector_order": 2, "s_tmin": 0.05, "s_tmax": 1.0, "few_steps": False}),
+    ("sa_solver", {"lower_order_final": False}),
+    ("consistency", {"sigma_min": 0.002}),
+    ("lcm", {}),
+    *[("tcd", {"eta": eta}) for eta in (0.0, 0.3, 1.0)],
 ]
 
 
@@ -185,6 +341,14 @@ class Setting:
             **where,
             **options,
         )
+
+    def step_times(self, plan: StepPlan) -> Sequence[float]:
+        return plan.schedule.times(STEPS, self.spacing).tolist() if self.times is None else self.times
+
+    def starts_at_infinity(self) -> bool:
+        """Whether alpha is 0 at the first time."""
+        schedule = make_schedule(self.schedule)
+        return bool(schedule.alpha(np.array(schedule.t_max if self.times is None else self.times[0])) == 0)
 
     def __str__(self) -> str:
         name = self.schedule if isinstance(self.schedule, str) else "-".join(map(str, self.schedule.values()))
@@ -213,13 +377,23 @@ SETTINGS = [
 STEEP = Setting("cosine", "epsilon", "trailing", guidance=2.0)
 
 
+def begins_at_infinity(solver: str, options: dict[str, Any], setting: Setting) -> bool:
+    """Whether a method, as its loop has it, can begin where alpha is 0, and log(alpha / sigma) at infinity."""
+    if solver == "euler" and not options:
+        return "flow" in str(setting.schedule)  # its own loop there
+    if solver == "dpm_multistep":
+        return options["algorithm_type"].endswith("++")
+    return solver in ("ddpm", "ddim", "dpmpp_2m", "unipc", "flow_heun", "lcm", "tcd")
+
+
 def cases(settings: list[Setting]) -> list[Any]:
     return [
         pytest.param(solver, options, setting, id=f"{solver}-{'-'.join(map(str, options.values()))}-{setting}")
         for solver, options in SOLVER_CASES
         for setting in settings
-        # In sigma / alpha, the coordinates of Karras et al., alpha = 0 lies at infinity.
-        if not (solver == "euler" and isinstance(setting.schedule, dict) and "zero_terminal_snr" in setting.schedule)
+        if not setting.starts_at_infinity() or begins_at_infinity(solver, options, setting)
+        # Its four steps, from sigma = 80 to 2e-6, multiply each rounding by 80.
+        if not (solver == "dpm_fast" and (setting.schedule, setting.spacing) == ("karras", "trailing"))
     ]
 
 
@@ -232,7 +406,9 @@ def test_plan_is_the_papers_loop(solver: str, options: dict[str, Any], setting: 
         z = [draw(SHAPE, torch.float64, step) for step in range(plan.steps)]
         actual = run(plan, x, model, seed=torch.tensor([SEED]))
     predict = predictor(plan, model, setting.prediction, setting.guidance, setting.clip)
-    assert_same_trajectory(actual, paper(plan, x, predict, z, options))
+    expected = paper(plan, x, predict, z, options, setting.step_times(plan))
+    in_epsilon = solver == "dpm_fast" or options.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver")
+    assert_same_trajectory(actual, expected, EPSILON_BOUND if in_epsilon else FLOAT64_BOUND)
 
 
 @pytest.mark.parametrize(("solver", "options", "setting"), cases([*SETTINGS, STEEP]))
@@ -253,7 +429,7 @@ def test_kernel_keeps_the_error_rule(solver: str, options: dict[str, Any], setti
         predict = predictor(plan, lambda i, _: given[i], setting.prediction, setting.guidance, setting.clip)  # noqa: B023
         with pygen.backend("reference"):
             z = [draw(shape, dtype, step) for step in range(plan.steps)]
-        loops[dtype] = paper(plan, x.to(dtype), predict, z, options)
+        loops[dtype] = paper(plan, x.to(dtype), predict, z, options, setting.step_times(plan))
     assert_error_rule(zip(actual, loops[torch.float32], loops[torch.float64], strict=True), plan.solver)
 
 

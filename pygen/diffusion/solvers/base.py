@@ -193,10 +193,11 @@ def posterior(grid: Grid, i: int, forward: float | None = None) -> tuple[float, 
 
 def ancestral(grid: Grid, i: int, eta: float) -> tuple[Point, float]:
     """A step to i + 1 as a step to less noise and then noise (k-diffusion's ancestral step): where the deterministic
-    part ends, and the deviation of the noise, ``eta`` times the posterior's."""
+    part ends, and the deviation of the noise, ``eta`` times the posterior's, at most the next sigma."""
     alpha, sigma, time = grid.point(i + 1)
-    noise = min(sigma, eta * math.sqrt(posterior(grid, i)[2])) if eta else 0.0
-    return Point(alpha, np.sqrt(sigma**2 - noise**2), time), noise
+    share = (sigma * grid.alpha[i] / (alpha * grid.sigma[i])) ** 2  # posterior: sigma'^2 (1 - share)
+    down, up = max(1 - eta**2 + eta**2 * share, 0.0), min(eta * math.sqrt(1 - share), 1.0)
+    return Point(alpha, sigma * np.sqrt(down), time), float(sigma * up)
 
 
 def direction(at: Point) -> Combination:

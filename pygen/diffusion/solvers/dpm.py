@@ -12,8 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from pygen.diffusion.solvers.base import (
     CARRIED,
     Combination,
@@ -23,11 +21,13 @@ from pygen.diffusion.solvers.base import (
     Update,
     X,
     one_of,
+    past,
     phi,
     usable_order,
 )
 
 ALGORITHM_TYPES = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
+SINGLESTEP_TYPES = ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")
 SOLVER_TYPES = ("midpoint", "heun")
 
 
@@ -145,28 +145,25 @@ def dpm_multistep(
 def block(points: Sequence[Point], algorithm_type: str, solver_type: str, stage_solver_type: str) -> list[SolverStep]:
     """A singlestep method of order 1 to 3 from the first point to the last, evaluated at all but the last.
 
-    The sample at the start is carried, and the values of the stages are predictions of x_0 in the history: where the
-    method reasons in epsilon, that of a stage follows from its sample, which is again a combination of these.
+    Its stages all begin at the first sample. That is carried where the history is of x_0; where it is of epsilon, the
+    stage before, which has no noise, is undone.
     """
     grid = Grid.through(*points)
-    order = grid.steps
-    basis = np.eye(1 + order)  # the sample at the start, then the predictions of x_0
-    samples, values, steps = [basis[0]], [], []
-    for j in range(order):
-        value = basis[1 + j]
-        if not algorithm_type.endswith("++"):
-            value = (samples[j] - points[j].alpha * value) / points[j].sigma
-        values.append(value)
-        last = j == order - 1
-        x, model, noise = singlestep_update(
+    data = algorithm_type.endswith("++")
+    steps = []
+    start = X
+    for j, point in enumerate(points[:-1]):
+        last = j == grid.steps - 1
+        update = singlestep_update(
             grid, 0, range(1, j + 1), j + 1,
             algorithm_type=algorithm_type, solver_type=solver_type if last else stage_solver_type,
         )  # fmt: skip
-        samples.append(x * basis[0] + np.array(model) @ np.array(values))
-        of_start, *of_pred = samples[-1][: j + 2].tolist()
-        following = Combination(pred=of_pred[-1], history=tuple(of_pred[-2::-1]), noise=noise)
-        start = X if j == 0 else CARRIED
-        steps.append(SolverStep(following + of_start * start, None if last else start, at=points[j]))
+        following = update.of(start, range(j, -1, -1))
+        steps.append(SolverStep(following, start if data and not last else None, at=point, epsilon=not data))
+        start = CARRIED
+        if not data:
+            known = (factor * past(j + 1 - k) for k, factor in enumerate(update.model))
+            start = 1 / update.x * (X - sum(known, Combination()))
     return steps
 
 
@@ -184,7 +181,7 @@ def dpm_singlestep(
     ``lower_order_final``: end with groups that get shorter. A step to sigma = 0 is a group of its own.
     """
     one_of((1, 2, 3), order=order)
-    one_of(ALGORITHM_TYPES, algorithm_type=algorithm_type)
+    one_of(SINGLESTEP_TYPES, algorithm_type=algorithm_type)
     one_of(SOLVER_TYPES, solver_type=solver_type)
     orders = [order] * (grid.steps // order)
     if rest := grid.steps % order:

@@ -23,7 +23,7 @@ from pygen.diffusion.solvers.base import (
     transfer,
     usable_order,
 )
-from pygen.diffusion.solvers.dpm import SOLVER_TYPES, block, multistep_update
+from pygen.diffusion.solvers.dpm import SOLVER_TYPES, block, multistep_update, singlestep_update
 
 
 def dpmpp_2m(grid: Grid, *, lower_order_final: bool = True) -> list[SolverStep]:
@@ -126,12 +126,15 @@ def dpm_fast(grid: Grid, *, eta: float = 0.0, s_noise: float = 1.0) -> list[Solv
     steps: list[SolverStep] = []
     for start, end, order in zip(ends, ends[1:], orders, strict=False):
         down, up = ancestral(Grid.through(start, end), 0, eta)
-        if down.rho < last_rho:  # no further than the end
+        if end is ends[-1]:
+            down, up = end, 0.0
+        elif down.rho < last_rho:  # no further than the end
             sigma = end.alpha * last_rho
             down, up = Point(end.alpha, sigma, end.time), math.sqrt(end.sigma**2 - sigma**2)
         inner = [grid.at_rho(start.rho ** (1 - j / order) * down.rho ** (j / order)) for j in range(1, order)]
         *stages, final = block([start, *inner, down], "dpmsolver", "midpoint", "heun")
         steps += [*stages, replace(final, next=final.next + s_noise * up * NOISE)]
     if last < grid.steps:
-        steps.append(SolverStep(transfer(grid.point(last), grid.point(grid.steps)), at=grid.point(last)))
+        update = singlestep_update(grid, last, (), grid.steps, algorithm_type="dpmsolver")
+        steps.append(SolverStep(update.of(), at=grid.point(last), epsilon=True))
     return steps

@@ -199,12 +199,15 @@ def stack_plans(plans: Sequence[StepPlan]) -> tuple[Tensor, list[int], int]:
         one more history term, the carried one, comes last.
 
     Raises:
-        ValueError: where a plan remembers second results, since the others remember predictions.
+        ValueError: where a plan remembers second results, since the others remember predictions; where the plans
+            together need more history than a row has.
     """
     for plan in plans:
         if plan.remembers_second:
             raise ValueError(f"solver {plan.solver!r} with clip remembers what others do not, and cannot be stacked")
     history = max(plan.history for plan in plans)
+    if history + 1 > MAX_HISTORY:
+        raise ValueError(f"the plans keep {history} predictions and one more tensor, more than {MAX_HISTORY}")
     begins = np.cumsum([0] + [plan.steps for plan in plans])
     table = plans[0].table.new_zeros(int(begins[-1]), HISTORY_COLUMN + 2 * (history + 1))
     for begin, plan in zip(begins, plans, strict=False):

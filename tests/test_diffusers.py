@@ -275,6 +275,9 @@ ASKS = {"promote_types", "result_type"}  # of dtypes, not of tensors
 # (class, operation): why it is there.
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("RFD4ProteinaScheduler", "cat"): "diffusers' randn_tensor puts the draws of one generator per sample together",
+} | {
+    ("ScoreSdeVeScheduler", operation): "the length of a correction, from the norms of the batch's samples"
+    for operation in ("sqrt", "mean", "div", "mul", "pow", "ones", "fill_")
 }
 
 

@@ -160,6 +160,23 @@ def test_karras_ve_takes_sigmas_of_any_kind_and_corrects_down_to_0() -> None:
         scheduler.set_timesteps(1)
 
 
+def test_corrections_that_philox_draws_belong_to_their_sample() -> None:
+    scheduler = ours.ScoreSdeVeScheduler()
+    seeds = [PhiloxGenerator().manual_seed(i) for i in range(SHAPE[0])]
+
+    def two(x: Tensor, generators: list[torch.Generator]) -> list[Tensor]:
+        scheduler.set_timesteps(3)
+        output = torch.ones_like(x)  # a norm that is each sample's
+        return [scheduler.step_correct(output, x, generators).prev_sample for _ in range(2)]
+
+    x = normal(0)
+    first, second = two(x, seeds)
+    assert not torch.equal(first, second)
+    assert torch.equal(two(x, seeds)[1], second)
+    same = two(torch.cat([x, x]), seeds + seeds)[0]
+    assert torch.equal(same[: len(x)], same[len(x) :])
+
+
 def test_what_is_refused() -> None:
     x = normal(0)
     euler = ours.EulerDiscreteScheduler()

@@ -12,12 +12,16 @@ from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeOutput
 from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeScheduler as DiffusersKarrasVeScheduler
 from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeSchedulerOutput
 from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, promoted, returned
 from pygen.diffusers.karras import VarianceExploding, at, preconditioning
 from pygen.diffusers.noise import Generators, draw_noise
 from pygen.diffusion.solvers.consistency import renoise
+from pygen.ops.affine_step import COLUMNS
+from pygen.ops.philox_normal import DRAW_AFFINE_STEP, philox_normal
+from pygen.ops.sample_gram import sample_gram
 
 CPU = torch.device("cpu")
 
@@ -127,11 +131,19 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler):
     differential equations", section 4, for the variance-exploding SDE."""
 
     discrete_sigmas = HostTensor()
+    _corrections: int  # since set_timesteps, as many as Philox has drawn noise for
 
-    def _run(self, time: float) -> Iterable[Key]:
-        return ((t,) for t in self._host("timesteps"))
+    def set_timesteps(self, num_inference_steps: int, sampling_eps: float | None = None, device: Any = None) -> None:
+        super().set_timesteps(num_inference_steps, sampling_eps, device)
+        self._corrections = 0
 
-    def _row(self, time: float) -> Columns:
+    def _run(self, kind: str, *of_step: float) -> Iterable[Key]:
+        return ((kind, t) for t in self._host("timesteps")) if kind == "predict" else ()
+
+    def _row(self, kind: str, *of_step: float) -> Columns:
+        if kind == "correct":  # the device scales it
+            return {"x0": 1.0, "out0": 1.0, "noise0": 1.0}
+        (time,) = of_step
         index = int(np.float32(time) * np.float32(len(self._host("timesteps")) - 1))  # in float32, as diffusers
         sigmas = self._host("discrete_sigmas")
         variance = sigmas[index] ** 2 - (sigmas[index - 1] ** 2 if index else 0.0)
@@ -150,12 +162,39 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler):
         self._check()
         dtype = promoted(sample.dtype, torch.float32)
         prev_sample, _, prev_sample_mean = self._fused(
-            (self._time(timestep),), sample, model_output, dtype=dtype, second=dtype,
+            ("predict", self._time(timestep)), sample, model_output, dtype=dtype, second=dtype,
             noise=draw_noise(sample.shape, generator, sample.device, sample.dtype),
         )  # fmt: skip
         if not return_dict:
             return prev_sample, prev_sample_mean
         return SdeVeOutput(prev_sample=prev_sample, prev_sample_mean=prev_sample_mean)
+
+    def step_correct(
+        self, model_output: Tensor, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """A step of Langevin dynamics, as long as the norms of the noise and of the model's output make it."""
+        self._check()
+        drawn = draw_noise(sample.shape, generator, sample.device, torch.float32, CPU)
+        if "noise" in drawn:
+            noise = drawn["noise"]
+        else:  # its norm is wanted before the step, so it is stored
+            noise = philox_normal(
+                sample.shape, seed=drawn["seed"], step=self._corrections, sample_ids=drawn.get("sample_ids"),
+                draw=DRAW_AFFINE_STEP + 1, device=sample.device,
+            )  # fmt: skip
+        self._corrections += 1
+        # Both norms are means over the batch. These few numbers are all that is left to torch.
+        norms = sample_gram([model_output, noise]).diagonal(dim1=1, dim2=2)[:, :2].sqrt().mean(dim=0)
+        length = 2.0 * (self.config.snr * norms[1] / norms[0]) ** 2
+        table, rows = self._find(("correct",), sample.device)
+        scale = torch.ones(len(sample), table.shape[1], device=sample.device)
+        scale[:, COLUMNS["out0"]] = length
+        scale[:, COLUMNS["noise0"]] = (2.0 * length).sqrt()
+        dtype = promoted(promoted(sample.dtype, model_output.dtype), torch.float32)
+        prev_sample = self._execute(
+            table, rows, sample, model_output, noise={"noise": noise}, scale=scale, dtype=dtype
+        )[0]
+        return returned(SchedulerOutput, prev_sample, return_dict)
 
     def _check(self) -> None:
         if self.timesteps is None:

@@ -1,5 +1,6 @@
 """Diffusion: schedules, solvers as tables of coefficients, and the one sampling loop."""
 
+from pygen.diffusion.guidance import APG, PerpNeg, Rescale
 from pygen.diffusion.plan import StepPlan, stack_plans
 from pygen.diffusion.sample import StepInfo, Stepper
 from pygen.diffusion.schedules import SCHEDULES, Schedule, make_schedule
@@ -7,9 +8,12 @@ from pygen.diffusion.solvers import SOLVERS
 from pygen.diffusion.training import Noising, edm, min_snr
 
 __all__ = [
+    "APG",
     "SCHEDULES",
     "SOLVERS",
     "Noising",
+    "PerpNeg",
+    "Rescale",
     "Schedule",
     "StepInfo",
     "StepPlan",

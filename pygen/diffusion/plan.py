@@ -73,6 +73,7 @@ def plan(
     *,
     prediction: str = "epsilon",
     guidance: float | Sequence[float] = 1.0,
+    negative: float = 0.0,
     clip: tuple[float, float] | None = None,
     thresholding: tuple[float, float] | None = None,
     spacing: str = "trailing",
@@ -90,7 +91,9 @@ def plan(
         prediction: what the model returns: "epsilon", "sample" (x_0), "v_prediction" (alpha eps - sigma x_0; Salimans &
             Ho 2022) or "flow" (eps - x_0).
         guidance: the factor of classifier-free guidance (Ho & Salimans 2022), one or one per evaluation of the model;
-            takes effect in steps that are given an unconditional output.
+            takes effect in steps that are given an unconditional output. Where it is 1, only the conditional one is
+            read: guidance in an interval (Kynkäänniemi et al. 2024).
+        negative: the factor of a third output less the unconditional one, for steps that are given one.
         clip: range that the predicted x_0 is clamped to. Or
         thresholding: the ratio and the largest threshold of dynamic thresholding (Saharia et al. 2022, section 2.3): a
             sample's predicted x_0 is clamped to [-s, s] and divided by s, where s is that quantile of its magnitudes,
@@ -125,6 +128,8 @@ def plan(
             )
         if steps not in (None, len(grid_times) - 1):
             raise ValueError(f"steps={steps} does not fit times, which makes {len(grid_times) - 1}")
+    if not math.isfinite(negative):
+        raise ValueError(f"negative must be finite, got {negative!r}")
     if clip is not None and not (np.shape(clip) == (2,) and clip[0] < clip[1]):
         raise ValueError(f"clip must be a pair (low, high) with low < high, got {clip!r}")
     if thresholding is not None:
@@ -166,7 +171,7 @@ def plan(
                 f"solver {solver!r} has no finite coefficients for prediction {prediction!r} on these times: "
                 f"(alpha, sigma) runs from {first} to {last}"
             )
-        rows.append(row | {"step": i, "guidance": guided[i], "low": low, "high": high})
+        rows.append(row | {"step": i, "guidance": guided[i], "negative": negative, "low": low, "high": high})
 
     evaluated = np.array([point.time for point in points])
     whole = schedule.num_train_timesteps is not None and (evaluated == np.round(evaluated)).all()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pygen.diffusion.guidance import Guider
 from pygen.diffusion.plan import StepPlan, plan
 from pygen.diffusion.schedules import Schedule
 from pygen.ops.affine_step import affine_step
@@ -35,10 +36,16 @@ class StepInfo:
 
 
 class Stepper:
-    """A run of a plan: the previous predictions and the carried result, updated in place by each step."""
+    """A run of a plan: the previous predictions and the carried result, updated in place by each step.
 
-    def __init__(self, plan: StepPlan, like: Tensor) -> None:
+    guider: adapts the guidance of steps that are given an unconditional output, see ``pygen.diffusion.guidance``.
+    """
+
+    def __init__(self, plan: StepPlan, like: Tensor, guider: Guider | None = None) -> None:
+        if guider is not None and plan.thresholding is not None:
+            raise ValueError("give guider or a plan with thresholding, not both")
         self.plan = plan
+        self.guide = None if guider is None else guider.begin(like)
         self.predictions = [torch.empty_like(like) for _ in range(plan.history)]
         self.carried = torch.empty_like(like) if plan.carries else None
 
@@ -49,6 +56,7 @@ class Stepper:
         model_output: Tensor,
         *,
         uncond: Tensor | None = None,
+        negative: Tensor | None = None,
         noise: Tensor | None = None,
         seed: Tensor | None = None,
         sample_ids: Tensor | None = None,
@@ -66,13 +74,18 @@ class Stepper:
         scale = None
         if self.plan.thresholding is not None:
             ratio, max_value = self.plan.thresholding
-            scale = dynamic_threshold(x, model_output, table, row, uncond=uncond, ratio=ratio, max_value=max_value)
+            scale = dynamic_threshold(
+                x, model_output, table, row, uncond=uncond, negative=negative, ratio=ratio, max_value=max_value
+            )
+        if self.guide is not None and uncond is not None:
+            uncond, scale = self.guide(table, row, model_output, uncond, negative)
         following = affine_step(
             x,
             model_output,
             table,
             row,
             uncond=uncond,
+            negative=negative,
             scale=scale,
             history=history,
             noise=noise,
@@ -95,6 +108,7 @@ def sample(
     schedule: Schedule | str | dict[str, Any] | None = None,
     steps: int = 20,
     guidance: float | Sequence[float] | None = None,
+    guider: Guider | None = None,
     cond: Mapping[str, Any] | None = None,
     uncond: Mapping[str, Any] | None = None,
     seed: int | Tensor | None = None,
@@ -115,6 +129,7 @@ def sample(
             ``schedule``, ``steps``, ``guidance`` and ``options`` would.
         schedule: the one the model was trained with: a ``Schedule``, a name, or a dict of name and arguments.
         guidance: the factor of classifier-free guidance; with ``uncond``, model calls see both halves as one batch.
+        guider: adapts it to the model's outputs: ``Rescale`` or ``APG`` of ``pygen.diffusion``.
         cond, uncond: keyword arguments of the model; tensors whose first dimension is the batch, or anything that is
             the same for both.
         seed: of the noise by Philox, which depends on the sample and not on the batch; drawn from torch's global
@@ -140,6 +155,8 @@ def sample(
         steps_plan = plan(solver, schedule, steps, guidance=guidance, device=device, **options)
         if uncond is None and guidance != 1.0:
             raise ValueError("guidance needs uncond, the model's arguments without the condition")
+    if guider is not None and uncond is None:
+        raise ValueError("guider needs uncond, the model's arguments without the condition")
     if seed is not None and generator is not None:
         raise ValueError("give seed or generator, not both")
     if len(shape) == 0 or min(shape) < 1:
@@ -160,7 +177,7 @@ def sample(
     if steps_plan.initial_scale != 1.0:
         x.mul_(steps_plan.initial_scale)
 
-    stepper = Stepper(steps_plan, x)
+    stepper = Stepper(steps_plan, x, guider)
     remembered = stepper.predictions and not steps_plan.remembers_second
     pred = torch.empty_like(x) if callback is not None and not remembered else None
     for i in range(steps_plan.steps):

@@ -49,7 +49,7 @@ class LCMScheduler(_OfTimestepAndIndex, diffusers.LCMScheduler):
         denoised = skip * X + out * PRED
         alpha, sigma = (1.0, 0.0) if self._is_last(index) else self._level_before(self._end(index, timestep))
         step = SolverStep(alpha * denoised + sigma * NOISE, denoised)
-        of_x0, _ = conversion(self.config.prediction_type, *self._level(timestep))
+        of_x0, _ = self._conversion(self._level(timestep))
         return {"step": index, **columns(step, of_x0), **self._clip()}
 
     def step(

@@ -44,11 +44,6 @@ class _Flow(OnSigmas):
         sigma = self._host("sigmas")[index]
         return 1.0 - sigma, sigma
 
-    def _between(self, index: int) -> tuple[float, float]:
-        """Where a step begins, and where it ends."""
-        sigma, following = self._host("sigmas")[index : index + 2]
-        return sigma, following
-
     def _run(self, index: int) -> Iterable[Key]:
         return ((i,) for i in range(index, len(self._host("sigmas")) - 1))
 
@@ -65,7 +60,7 @@ class FlowMatchEulerDiscreteScheduler(_FlowMatch, diffusers.FlowMatchEulerDiscre
     """Euler's x + (sigma' - sigma) v (Liu et al. 2022; Esser et al. 2024), or x_0 noised anew: stochastic_sampling."""
 
     def _row(self, index: int) -> Columns:
-        sigma, following = self._between(index)
+        sigma, following = self._interval(index)
         if self.config.stochastic_sampling:
             return {"step": index, **_renoised(sigma, following)}
         return {"x0": 1.0, "out0": following - sigma}
@@ -126,7 +121,7 @@ class FlowMatchHeunDiscreteScheduler(_Flow, diffusers.FlowMatchHeunDiscreteSched
 
     def _raised(self, index: int, gamma: float) -> tuple[float, float, float, float]:
         """sigma at an index, where its noise raises it to, the factor of that noise, and the way to the next sigma."""
-        sigma, following = self._between(index)
+        sigma, following = self._interval(index)
         raised = sigma * (gamma + 1.0)
         return sigma, raised, (raised**2 - sigma**2) ** 0.5, following - raised
 
@@ -192,7 +187,7 @@ class FlowMatchLCMScheduler(_FlowMatch, diffusers.FlowMatchLCMScheduler):
         return ((kind, i) for i in range(index, len(self._host("sigmas")) - 1))
 
     def _row(self, kind: str, index: int) -> Columns:
-        sigma, following = self._between(index)
+        sigma, following = self._interval(index)
         if kind == "denoise":
             return {"x0": 1.0, "out0": -sigma}
         if kind == "noise":
@@ -293,7 +288,7 @@ class LTXEulerAncestralRFScheduler(_Flow, diffusers.LTXEulerAncestralRFScheduler
     def _row(self, index: int) -> Columns:
         if index == len(self._host("sigmas")) - 1:  # past the end: the sample as it is
             return {"x0": 1.0}
-        sigma, following = self._between(index)
+        sigma, following = self._interval(index)
         eta, s_noise = self.config.eta, self.config.s_noise
         if following < 1e-8:
             return {"x0": 1.0, "out0": -sigma}
@@ -342,7 +337,7 @@ class MiniMaxH3Scheduler(_Flow, diffusers.MiniMaxH3Scheduler):
         return enumerate(self._host("timesteps"))
 
     def _row(self, index: int, time: Any) -> dict[str, Any]:
-        sigma, following = self._between(index)
+        sigma, following = self._interval(index)
         return {"x0": 1.0, "out0": (1.0 - following / sigma) * (1.0 - time)}
 
     def step(
@@ -375,7 +370,7 @@ class PiflowScheduler(_Flow, diffusers.PiflowScheduler):
 
     def _policy(self, index: int) -> list[float]:
         """The factors of the predicted velocities of the grid in x' - x."""
-        sigma = source = self._between(index)[0]
+        sigma = source = self._interval(index)[0]
         times = [*self._host("_piflow_raw_timesteps"), self.eps]
         time, end = times[index : index + 2]
         shift, last = float(self.config.shift), self.n_grid - 1

@@ -87,9 +87,9 @@ class HeliosScheduler(OnSigmas, diffusers.HeliosScheduler):
         return min(self.config.solver_order, left, most)
 
     def _row(self, kind: str, index: int, *of_step: Any) -> Columns:
-        sigmas = self._host("sigmas")
         if kind == "euler":
-            return {"x0": 1.0, "out0": sigmas[index + 1] - sigmas[index]}
+            sigma, following = self._interval(index)
+            return {"x0": 1.0, "out0": following - sigma}
         return self._unipc(index, *of_step)
 
     def _unipc(

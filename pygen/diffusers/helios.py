@@ -121,12 +121,13 @@ class HeliosScheduler(OnSigmas, diffusers.HeliosScheduler):
                 f"solver_type {self.config.solver_type!r}, of order {max(corrects, predicts)}, has no finite step "
                 f"from sigma = {here}; see lower_order_final and use_flow_sigmas"
             )
-        # Near the end the predictions' factors are large and cancel: what float32 takes from the present one's is added
-        # by the sample and the model's output, of which it is made.
+        # Near the end the predictions' factors are large and cancel. The present one is made with more digits than a
+        # factor has, so it stays, if unclamped; what float32 takes from its factor, x and the model's output add.
         for result in (0, 1):
             lost = row[f"pred{result}"] - float(np.float32(row[f"pred{result}"]))
             row[f"x{result}"] += lost * row["pred_x"]
             row[f"out{result}"] = lost * row["pred_out"]
+        row["low"] = -math.inf
         return row
 
     @staticmethod

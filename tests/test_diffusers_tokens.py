@@ -136,9 +136,7 @@ AMUSED = [
 
 @pytest.mark.parametrize(("schedule", "temperature", "steps", "two_dim", "start"), AMUSED)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_amused(
-    schedule: str, temperature: Any, steps: int, two_dim: bool, start: float, dtype: torch.dtype
-) -> None:
+def test_amused(schedule: str, temperature: Any, steps: int, two_dim: bool, start: float, dtype: torch.dtype) -> None:
     config = {"mask_token_id": 60, "masking_schedule": schedule}
     ours, theirs = tokens.AmusedScheduler(**config), diffusers.AmusedScheduler(**config)
     for scheduler in (ours, theirs):
@@ -147,9 +145,7 @@ def test_amused(
     if start < 1:
         sample[:, ::3] = 7
     size = (2, 60, 6, 8) if two_dim else (2, 48, 60)
-    trajectory(
-        ours, theirs, lambda i: make_logits(i, dtype, *size), sample, ours.timesteps, starting_mask_ratio=start
-    )
+    trajectory(ours, theirs, lambda i: make_logits(i, dtype, *size), sample, ours.timesteps, starting_mask_ratio=start)
 
 
 def test_amused_masks_no_known_token() -> None:
@@ -228,9 +224,7 @@ def test_discrete_ddim_corrector(selection: str, tau: float, count: int, dtype: 
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(6)
     sample = torch.randint(50, (3, 30), generator=torch.Generator().manual_seed(0))
-    trajectory(
-        ours, theirs, lambda i: make_logits(i, dtype, 3, 30, 50), sample, range(5), method="step_correct"
-    )
+    trajectory(ours, theirs, lambda i: make_logits(i, dtype, 3, 30, 50), sample, range(5), method="step_correct")
 
 
 def test_discrete_ddim_corrects_after_the_last_step() -> None:
@@ -259,9 +253,7 @@ def test_entropy_bound(bound: float, spread: float, temperatures: tuple[float, f
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(7)
     sample = torch.zeros(3, 30, dtype=torch.int64)
-    trajectory(
-        ours, theirs, lambda i: make_logits(i, dtype, 3, 30, 200, spread=spread), sample, ours.timesteps
-    )
+    trajectory(ours, theirs, lambda i: make_logits(i, dtype, 3, 30, 200, spread=spread), sample, ours.timesteps)
 
 
 # ---- What a step may call -------------------------------------------------------------------------------------------
@@ -379,5 +371,7 @@ def test_philox_noise_belongs_to_the_sample() -> None:
     logits, ids = make_logits(0, torch.float32, 3, 40, 500), torch.tensor([7, 2, 9])
     together = tokens.token_confidence(logits, seed=5, sample_ids=ids)
     for i in range(3):
-        assert torch.equal(tokens.token_confidence(logits[i : i + 1], seed=5, sample_ids=ids[i : i + 1])[0], together[i])
+        assert torch.equal(
+            tokens.token_confidence(logits[i : i + 1], seed=5, sample_ids=ids[i : i + 1])[0], together[i]
+        )
     assert not torch.equal(tokens.token_confidence(logits, seed=5, step=1), together)

@@ -9,9 +9,9 @@
 namespace pygen {
 
 template <class T>
-constexpr at::ScalarType kPlaneType = std::is_same_v<std::remove_const_t<T>, bool>      ? at::kBool
+constexpr at::ScalarType kPlaneType = std::is_same_v<std::remove_const_t<T>, bool>    ? at::kBool
                                       : std::is_same_v<std::remove_const_t<T>, float> ? at::kFloat
-                                                                                        : at::kLong;
+                                                                                      : at::kLong;
 
 // A tensor of shape (samples, positions); `const T` is read, T is written.
 template <class T>

@@ -29,8 +29,7 @@ using Optional = std::optional<at::Tensor>;
 template <class Backend>
 void posterior_token_op(const at::Tensor& logits, const at::Tensor& current, const at::Tensor& coefficients,
                         bool has_mask, const Optional& index, const Optional& noise, bool uniform, const Optional& seed,
-                        const Optional& step, const Optional& sample_ids, std::string_view kind,
-                        const Optional& token,
+                        const Optional& step, const Optional& sample_ids, std::string_view kind, const Optional& token,
                         const Optional& prob, const Optional& confidence, const Optional& out) {
   // Check and describe.
   TORCH_CHECK_VALUE(logits.dim() == 3, kOp, ": logits must have shape (batch, positions, vocabulary), got ",
@@ -49,17 +48,17 @@ void posterior_token_op(const at::Tensor& logits, const at::Tensor& current, con
   const int64_t size[] = {samples, rows}, classes[] = {samples, rows, vocabulary + has_mask};
   PosteriorTokenArgs args{};
   args.samples = samples, args.rows = rows, args.positions = positions[1], args.vocabulary = vocabulary;
-  args.has_mask = has_mask, args.uniform = uniform, args.kind = static_cast<PosteriorConfidence>(known - std::begin(kPosteriorKinds));
+  args.has_mask = has_mask, args.uniform = uniform,
+  args.kind = static_cast<PosteriorConfidence>(known - std::begin(kPosteriorKinds));
   args.logits = row_operand(kOp, "logits", logits, logits.sizes(), device);
   if (noise.has_value()) args.noise = row_operand(kOp, "noise", *noise, classes, device);
   args.current = plane<const int64_t>(kOp, "current", current, positions, device);
   args.index = plane<const int64_t>(kOp, "index", index, size, device);
   check_index(kOp, "coefficients", coefficients, at::kFloat, device);
-  TORCH_CHECK_VALUE(
-      coefficients.dim() >= 1 && coefficients.dim() <= 2 && coefficients.size(-1) == kPosteriorColumns &&
-          coefficients.stride(-1) == 1 && (coefficients.dim() == 1 || coefficients.size(0) == samples),
-      kOp, ": coefficients must have shape (", kPosteriorColumns, ",) or (", samples, ", ", kPosteriorColumns,
-      "), got ", coefficients.sizes());
+  TORCH_CHECK_VALUE(coefficients.dim() >= 1 && coefficients.dim() <= 2 && coefficients.size(-1) == kPosteriorColumns &&
+                        coefficients.stride(-1) == 1 && (coefficients.dim() == 1 || coefficients.size(0) == samples),
+                    kOp, ": coefficients must have shape (", kPosteriorColumns, ",) or (", samples, ", ",
+                    kPosteriorColumns, "), got ", coefficients.sizes());
   args.coefficients = {coefficients.const_data_ptr<float>(), coefficients.dim() == 1 ? 0 : coefficients.stride(0)};
   args.philox = philox_settings(kOp, seed, step, sample_ids, samples, device);
   args.token = plane<int64_t>(kOp, "token", token, size, device);

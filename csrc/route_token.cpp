@@ -19,9 +19,9 @@ void launch(const Gpu& gpu, const RouteTokenArgs& args) { gpu.run(cuda::route_to
 using Optional = std::optional<at::Tensor>;
 
 template <class Backend>
-void route_token_op(const at::Tensor& sample, const at::Tensor& token, const at::Tensor& weights, c10::SymInt vocabulary,
-                    const Optional& random, const Optional& noise, const Optional& seed, const Optional& step,
-                    const Optional& sample_ids, const at::Tensor& out) {
+void route_token_op(const at::Tensor& sample, const at::Tensor& token, const at::Tensor& weights,
+                    c10::SymInt vocabulary, const Optional& random, const Optional& noise, const Optional& seed,
+                    const Optional& step, const Optional& sample_ids, const at::Tensor& out) {
   // Check and describe.
   TORCH_CHECK_VALUE(sample.dim() == 2, kOp, ": sample must have shape (batch, positions), got ", sample.sizes());
   TORCH_CHECK_VALUE(noise.has_value() != seed.has_value(), kOp, ": give noise or seed, and not both");
@@ -53,9 +53,10 @@ void route_token_op(const at::Tensor& sample, const at::Tensor& token, const at:
   launch(Backend(sample), args);
 }
 
-PYGEN_OP("route_token", route_token_op,
-         "(Tensor sample, Tensor token, Tensor weights, SymInt vocabulary, Tensor? random, Tensor? noise, Tensor? seed, "
-         "Tensor? step, Tensor? sample_ids, Tensor(a!) out) -> ()")
+PYGEN_OP(
+    "route_token", route_token_op,
+    "(Tensor sample, Tensor token, Tensor weights, SymInt vocabulary, Tensor? random, Tensor? noise, Tensor? seed, "
+    "Tensor? step, Tensor? sample_ids, Tensor(a!) out) -> ()")
 
 }  // namespace
 }  // namespace pygen

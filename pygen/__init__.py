@@ -11,7 +11,11 @@ from pygen.ops.diffusion_loss import diffusion_loss
 from pygen.ops.dynamic_threshold import dynamic_threshold
 from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.philox_normal import philox_normal
+from pygen.ops.posterior_token import posterior_token
+from pygen.ops.route_token import route_token
 from pygen.ops.sample_gram import sample_gram
+from pygen.ops.token_confidence import token_confidence
+from pygen.ops.unmask_step import unmask_step
 from pygen.patch import accelerate
 
 __version__ = "0.1.0"
@@ -26,6 +30,10 @@ __all__ = [
     "group_norm_silu",
     "philox_normal",
     "plan",
+    "posterior_token",
+    "route_token",
     "sample",
     "sample_gram",
+    "token_confidence",
+    "unmask_step",
 ]

@@ -1,8 +1,8 @@
 """The error rule of the design, law 5: no hand-tuned tolerance.
 
 With err = max |a - truth|: err(kernel) <= 2 err(same-dtype torch) + one unit in the last place of the output dtype at
-max |truth|; NaN and Inf stand in the same places once the truth is cast to the output dtype. Integers and booleans, which are decisions,
-equal the truth.
+max |truth|; NaN and Inf stand in the same places once the truth is cast to the output dtype. Integers and booleans,
+which are decisions, equal the truth.
 """
 
 from __future__ import annotations

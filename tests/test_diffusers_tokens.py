@@ -233,7 +233,7 @@ def test_discrete_ddim_corrects_after_the_last_step() -> None:
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(6)
     logits, sample = make_logits(0, torch.float32, 3, 30, 50), torch.zeros(3, 30, dtype=torch.int64)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"math domain error|expected .* argument"):
         theirs.step_correct(logits, 5, sample)
     out = ours.step_correct(logits, 5, sample)
     expected = logits.softmax(-1).gather(-1, out.prev_sample[..., None])[..., 0]
@@ -328,6 +328,8 @@ def assert_distribution(drawn: Tensor, probs: Tensor) -> None:
     rest = [drawn.numel() - observed.sum(), drawn.numel() - wanted.sum()]
     if rest[1] > 5:
         observed, wanted = torch.cat([observed, rest[0][None]]), torch.cat([wanted, rest[1][None]])
+    if len(wanted) < 2:
+        return
     wanted = wanted * (observed.sum() / wanted.sum())
     assert stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-6
 

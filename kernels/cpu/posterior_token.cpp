@@ -1,7 +1,7 @@
 #include "pygen/posterior_token.h"
 
-#include "token_row.h"
 #include "pygen/posterior_rule.h"
+#include "token_row.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
@@ -120,7 +120,7 @@ struct Row : PosteriorRow {
     float prob = 0.0f, confidence = -kInfinity;
     if (whole.ok()) {
       if (args.confidence.data != nullptr) {
-        confidence = PosteriorRow::confidence(args.kind, at_current, whole.others, whole.max + log_any(whole.sum));
+        confidence = PosteriorRow::confidence(args.kind, at_current, whole.others, whole.max + log_double(whole.sum));
       }
       if (args.token.data != nullptr) {
         double chosen, total;

@@ -1,7 +1,7 @@
 #include "pygen/route_token.h"
 
-#include "token_row.h"
 #include "pygen/route_rule.h"
+#include "token_row.h"
 
 namespace pygen::PYGEN_ISA {
 

@@ -30,9 +30,7 @@ struct Row {
     for (int i = 0; i < logits.here(block); ++i) to.at[i] = kept.drops(to.at[i], first + i) ? -kInfinity : to.at[i];
   }
 
-  PYGEN_INLINE F32 weight(const RowBlock& x, int i, float center) const {
-    return exp((x.vector(i) - center) * rate);
-  }
+  PYGEN_INLINE F32 weight(const RowBlock& x, int i, float center) const { return exp((x.vector(i) - center) * rate); }
 
   // Keeps the largest logits up to the one at which the sum of their weights exceeds `target`.
   template <class Weight>
@@ -46,13 +44,13 @@ struct Row {
       for (int block = 0; block < blocks; ++block) {
         load(block, x);
         for (int i = 0; i < logits.here(block); ++i) {
-          const uint32_t key = ordered_from_bits(bits<uint32_t>(x.at[i]));
+          const uint32_t key = ordered_from_bits(bits_of(x.at[i]));
           if (digit.holds(prefix, key)) histogram[digit.digit(key)] += weight(x.at[i]);
         }
       }
       prefix = prefix << digit.bits | radix_step(histogram, digit.bits, target, before);
     }
-    Kept result{bits<float>(bits_from_ordered(prefix)), INT32_MAX};
+    Kept result{float_of(bits_from_ordered(prefix)), INT32_MAX};
     if (all_ties) return result;
     uint64_t ties = ties_within(target - before, std::max<uint64_t>(1, weight(result.least))) + 1;
     for (int block = 0; block < blocks; ++block) {
@@ -100,9 +98,9 @@ struct Row {
     for (int i = 0; i < kRowBlock; i += kLanes) e.set(i, weight(x, i, center));
     summary.sum = block_sum([&](int i) __attribute__((always_inline)) { return e.vector(i); });
     if (args.untempered) {
-      summary.raw = rate == 1.0f ? summary.sum : block_sum([&](int i) __attribute__((always_inline)) {
-        return exp(x.vector(i) - center);
-      });
+      summary.raw = rate == 1.0f
+                        ? summary.sum
+                        : block_sum([&](int i) __attribute__((always_inline)) { return exp(x.vector(i) - center); });
     }
     if (args.neg_entropy.data != nullptr) {
       summary.moment = block_sum([&](int i) __attribute__((always_inline)) {
@@ -174,8 +172,8 @@ struct Row {
       const double below = (static_cast<double>(logit) - row.max) * (args.untempered ? 1.0 : exact_rate);
       const double sum = args.untempered ? row.raw : row.sum;
       prob = static_cast<float>(exp_double(below) / sum);
-      log_prob = static_cast<float>(below - log_any(sum));
-      neg_entropy = static_cast<float>(row.moment / row.sum - log_any(row.sum));
+      log_prob = static_cast<float>(below - log_double(sum));
+      neg_entropy = static_cast<float>(row.moment / row.sum - log_double(row.sum));
     }
     args.token.put(sample, position, token);
     args.prob.put(sample, position, prob);

@@ -2,30 +2,11 @@
 #pragma once
 
 #include "philox.h"
-#include "pygen/philox_normal.h"
 #include "pygen/token_row.h"
 #include "strips.h"
 
 namespace pygen {
 namespace {
-
-PYGEN_INLINE float exp_one(float x) { return exp(splat(x, F32{}))[0]; }
-PYGEN_INLINE float log_one(float x) { return log(splat(x, F32{}), U32{})[0]; }
-PYGEN_INLINE float gumbel_one(float u) { return gumbel(splat(u, F32{}), U32{})[0]; }
-
-PYGEN_INLINE uint32_t bits_of(float value) { return bits<uint32_t>(value); }
-PYGEN_INLINE float load_one(const char* from, DType dtype) {
-  char copy[kLanes * sizeof(float)] = {};
-  std::memcpy(copy, from, size_of(dtype));
-  switch (dtype) {
-    case DType::kFloat32:
-      return load<DType::kFloat32>(copy)[0];
-    case DType::kBFloat16:
-      return load<DType::kBFloat16>(copy)[0];
-    default:
-      return load<DType::kFloat16>(copy)[0];
-  }
-}
 
 struct alignas(64) RowBlock {
   float at[kRowBlock];
@@ -122,8 +103,6 @@ PYGEN_INLINE double sum_by_lanes(int count, Term term) {
   return add_by_halves(partial, kRowGroup);
 }
 
-PYGEN_INLINE double log_any(double sum) { return log_double(sum, log_one(static_cast<float>(sum))); }
-
 // Joins n blocks. `factor` receives exp(rate (m_b - m)), by which a block's sums are multiplied.
 [[maybe_unused]] inline RowSummary join_blocks(const BlockSummary* blocks, int n, double rate, double* factor) {
   RowSummary row{-kInfinity, -kInfinity, 0.0, 0.0, 0.0};
@@ -152,18 +131,6 @@ PYGEN_INLINE int pick_in_groups(int n, double& fraction, Weight weight) {
   const double inside = (target - before) / weight(chosen);
   fraction = inside < 0.0 ? 0.0 : inside > 1.0 ? 1.0 : inside;
   return chosen;
-}
-
-// The words of Philox that belong to a position, and the first two as a uniform number.
-PYGEN_INLINE void position_words(int64_t position, const PhiloxKey& key, uint32_t (&to)[4]) {
-  U64 words[4];
-  philox_block(U64{} + static_cast<uint64_t>(position), key, words);
-  for (int i = 0; i < 4; ++i) to[i] = static_cast<uint32_t>(words[i][0]);
-}
-PYGEN_INLINE double position_uniform(int64_t position, const PhiloxKey& key) {
-  uint32_t words[4];
-  position_words(position, key, words);
-  return uniform_double(words[0], words[1]);
 }
 
 }  // namespace

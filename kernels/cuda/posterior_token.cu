@@ -1,7 +1,7 @@
 #include "pygen/posterior_token.h"
 
-#include "token_row.h"
 #include "pygen/posterior_rule.h"
+#include "token_row.h"
 
 namespace pygen::cuda {
 namespace {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (whole.ok()) {
     const bool inside = row.current >= 0 && row.current < args.vocabulary;
     const float at_current = inside ? logits_of(args, row).load(row.current) + row.shift : -kInfinity;
-    confidence = row.confidence(args.kind, at_current, whole.others, whole.max + log_any(whole.sum));
+    confidence = row.confidence(args.kind, at_current, whole.others, whole.max + log_double(whole.sum));
   }
   args.confidence.put(row.sample, row.row, confidence);
 }
@@ -139,9 +139,8 @@ __global__ void __launch_bounds__(kRowThreads)
       if (drawn) {
         found = pick_in_groups(here, fraction, lane, [&](int i) { return static_cast<double>(weight(i)); });
       } else {
-        found = find_first(here, lane, [&](int i) {
-          return race(weight(i), noise_of(args, row, first + i)) == summaries[block].key;
-        });
+        found = find_first(
+            here, lane, [&](int i) { return race(weight(i), noise_of(args, row, first + i)) == summaries[block].key; });
       }
       token = first + found;
       chosen = weight(found);

@@ -91,7 +91,7 @@ struct Selection {
       prefix = prefix << digit.bits | found;
       __syncthreads();
     }
-    Kept result{from_unsigned(bits_from_ordered(prefix)), INT32_MAX};
+    Kept result{float_of(bits_from_ordered(prefix)), INT32_MAX};
     const uint64_t each_weight = weight(result.least) > 0 ? weight(result.least) : 1;
     if (all_ties) return result;
     uint64_t ties = ties_within(target - before, each_weight) + 1;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     });
     atomicMax(&most_key, mine);
     __syncthreads();
-    const float most = from_unsigned(bits_from_ordered(most_key));
+    const float most = float_of(bits_from_ordered(most_key));
     if (most > -kInfinity && most < kInfinity) {
       if (by_count) {
         selection.kept =
@@ -249,16 +249,15 @@ __global__ void __launch_bounds__(kRowThreads)
       found = pick_in_groups(here, fraction, lane, [&](int i) { return static_cast<double>(weight(i)); });
     } else {
       const OperandRow noise(args.noise, row.sample, row.position, args.vocabulary);
-      found = find_first(here, lane, [&](int i) {
-        return (raced ? race(weight(i), noise.load(first + i)) : logit_at(i)) == key;
-      });
+      found = find_first(here, lane,
+                         [&](int i) { return (raced ? race(weight(i), noise.load(first + i)) : logit_at(i)) == key; });
     }
     token = first + found;
     const double below = (static_cast<double>(logit_at(found)) - joined.max) * (args.untempered ? 1.0 : row.exact_rate);
     const double sum = args.untempered ? joined.raw : joined.sum;
     prob = static_cast<float>(exp_double(below) / sum);
-    log_prob = static_cast<float>(below - log_any(sum));
-    neg_entropy = static_cast<float>(joined.moment / joined.sum - log_any(joined.sum));
+    log_prob = static_cast<float>(below - log_double(sum));
+    neg_entropy = static_cast<float>(joined.moment / joined.sum - log_double(joined.sum));
   }
   if (lane == 0) {
     args.token.put(row.sample, row.position, token);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "pygen/device.h"
-#include "pygen/philox_normal.h"
 #include "pygen/token_row.h"
 
 namespace pygen {
@@ -13,14 +12,6 @@ inline constexpr int kWarp = 32;
 inline constexpr int kRowThreads = 256;
 inline constexpr int kWarps = kRowThreads / kWarp;
 inline constexpr int kRounds = kRowBlock / kRowPartials;  // a lane holds eight neighbours of each 256 in a block
-
-PYGEN_INLINE float exp_one(float x) { return exp(x); }
-PYGEN_INLINE uint32_t bits_of(float value) { return to_unsigned(value); }
-PYGEN_INLINE float gumbel_one(float u) { return gumbel(u, uint32_t{}); }
-PYGEN_INLINE double log_any(double sum) {
-  const float close = static_cast<float>(sum);
-  return log_double(sum, log(close, to_unsigned(close)));
-}
 
 struct OperandRow {
   char* data;
@@ -192,19 +183,6 @@ PYGEN_INLINE int warp_argmax(double key, int index) {
     if (other_key > key || (other_key == key && other < index)) key = other_key, index = other;
   }
   return index;
-}
-
-// The words of Philox that belong to a position, and the first two as a uniform number.
-PYGEN_INLINE void position_words(int64_t position, const PhiloxKey& key, uint32_t (&to)[4]) {
-  uint64_t words[4];
-  philox_block(static_cast<uint64_t>(position), key, words);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = static_cast<uint32_t>(words[i]);
-}
-PYGEN_INLINE double position_uniform(int64_t position, const PhiloxKey& key) {
-  uint32_t words[4];
-  position_words(position, key, words);
-  return uniform_double(words[0], words[1]);
 }
 
 }  // namespace

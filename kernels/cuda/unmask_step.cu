@@ -1,7 +1,7 @@
 #include "pygen/unmask_step.h"
 
-#include "token_row.h"
 #include "pygen/unmask_rule.h"
+#include "token_row.h"
 
 namespace pygen::cuda {
 namespace {

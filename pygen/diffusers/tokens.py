@@ -49,14 +49,12 @@ def _token_draw(logits: Tensor, step: int, generator: Generator) -> Draw:
     return {"noise": _exponentials((rows, logits.shape[-1]), generator, logits.device).view(logits.shape)}
 
 
-def _by_philox(generator: PhiloxGenerator, step: int, device: torch.device) -> Draw:
+def _by_philox(generator: Any, step: int, device: torch.device) -> Draw:
     return {"seed": generator.key(device), "step": torch.full((1,), step, dtype=torch.int64, device=device)}
 
 
 def _random_tokens(logits: Tensor, sample: Tensor, generator: Generator) -> Tensor:
-    return torch.randint(
-        low=0, high=logits.shape[-1], size=sample.shape, device=sample.device, generator=generator
-    )
+    return torch.randint(low=0, high=logits.shape[-1], size=sample.shape, device=sample.device, generator=generator)
 
 
 def _flags(like: Tensor) -> Tensor:
@@ -68,6 +66,8 @@ def _floats(like: Tensor) -> Tensor:
 
 
 class _TokenScheduler(FusedScheduler):
+    num_inference_steps: Any
+
     def _coefficients(self, key: Any, make: Any, device: torch.device) -> Tensor:
         """A float32 table of coefficients on a device, made once per schedule."""
         tables: dict[Any, Any] = self._tables
@@ -131,8 +131,8 @@ class AmusedScheduler(_TokenScheduler, diffusers.AmusedScheduler):
             temperature = self.temperatures[index : index + 1]
             masks |= {"count": 1, "remain": remain, "ties": True, "temperature": temperature}
             previous = unmask_step(sample, token, log_prob, **masks, **draw)
-        previous, original = previous.view(shape), original.view(shape)
-        return AmusedSchedulerOutput(previous, original) if return_dict else (previous, original)
+        values: Any = (previous.view(shape), original.view(shape))
+        return AmusedSchedulerOutput(*values) if return_dict else values
 
 
 class VQDiffusionScheduler(_TokenScheduler, diffusers.VQDiffusionScheduler):
@@ -178,7 +178,7 @@ class VQDiffusionScheduler(_TokenScheduler, diffusers.VQDiffusionScheduler):
             draw = {"noise": torch.rand(size, device=device, generator=generator).transpose(1, 2), "uniform": True}
         table = self._coefficients("posterior", self._table, device)
         logits = model_output.transpose(1, 2)
-        previous = posterior_token(logits, sample, table[time], has_mask=time > 0, **draw)
+        previous: Any = posterior_token(logits, sample, table[time], has_mask=time > 0, **draw)
         return VQDiffusionSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
 
@@ -186,6 +186,7 @@ class BlockRefinementScheduler(_TokenScheduler, diffusers.BlockRefinementSchedul
     """Block-wise refinement by confidence, with a mask token (LLaDA2) or by uniform corruption (DiffusionGemma)."""
 
     _transfer_schedule = HostTensor()
+    _committed: Any
 
     def step(
         self,
@@ -243,7 +244,7 @@ class BlockRefinementScheduler(_TokenScheduler, diffusers.BlockRefinementSchedul
                 rule["edit_threshold"] = edits
                 rule["shielded"] = None if prompt_mask is None else prompt_mask.expand(sample.shape)
         previous = unmask_step(sample, tokens, probs, **rule, **results)
-        values = (previous, transferred, edited, tokens, probs, model_output)
+        values: Any = (previous, transferred, edited, tokens, probs, model_output)
         return BlockRefinementSchedulerOutput(*values) if return_dict else values
 
 
@@ -273,14 +274,14 @@ class DiscreteDDIMScheduler(_TokenScheduler, diffusers.DiscreteDDIMScheduler):
         tokens = token_confidence(model_output, prob=probs, **how)
         steps = self.num_inference_steps
 
-        def routes() -> list[tuple[float, ...]]:
+        def routes() -> list[list[float]]:
             rows = []
             for step in range(steps):
                 before, after = step / steps, (step + 1) / steps
                 survival = before / after
                 clean = after * (1 - survival) / classes
                 stay, anything = survival * (1 - after) / classes, (1 - survival) * (1 - after) / classes
-                rows.append((clean, clean + survival * after, stay, anything))
+                rows.append([clean, clean + survival * after, stay, anything])
             return rows
 
         weights = self._coefficients(("routes", steps, classes), routes, device)[index]
@@ -290,7 +291,7 @@ class DiscreteDDIMScheduler(_TokenScheduler, diffusers.DiscreteDDIMScheduler):
             draw = {"noise": _exponentials((sample.numel(), 3), generator, device).view(*sample.shape, 3)}
             draw["random"] = _random_tokens(model_output, sample, generator)
         previous = route_token(sample, tokens, weights, classes, **draw)
-        values = (previous, tokens, probs, model_output)
+        values: Any = (previous, tokens, probs, model_output)
         return DiscreteDDIMSchedulerOutput(*values) if return_dict else values
 
     def step_correct(
@@ -325,8 +326,9 @@ class DiscreteDDIMScheduler(_TokenScheduler, diffusers.DiscreteDDIMScheduler):
             raise ValueError(f"Unknown `corrector_selection`: {selection!r}.")
         how: Draw = draw
         if selection == "random":
-            drawn = torch.zeros if philox else torch.rand
-            score = drawn(sample.shape, device=device, **({} if philox else {"generator": generator}))
+            score = torch.zeros(sample.shape, device=device)  # with which Philox's noise decides alone
+            if not philox:
+                score = torch.rand(sample.shape, device=device, generator=generator)
         else:
             score = posterior_confidence(model_output, sample, coefficients, kinds[selection])
             how = how | {"temperature": float(self.config.corrector_selection_tau)}
@@ -339,10 +341,8 @@ class DiscreteDDIMScheduler(_TokenScheduler, diffusers.DiscreteDDIMScheduler):
             noise = _exponentials((chosen.numel(), classes), generator, device, torch.float64)
             draw = {"noise": noise.to(torch.float32).view(*chosen.shape, classes)}
         probs = _floats(chosen)
-        resampled = posterior_token(
-            model_output, sample, coefficients, index=chosen, prob=probs, out=previous, **draw
-        )
-        values = (previous, resampled, probs, model_output)
+        resampled = posterior_token(model_output, sample, coefficients, index=chosen, prob=probs, out=previous, **draw)
+        values: Any = (previous, resampled, probs, model_output)
         return DiscreteDDIMSchedulerOutput(*values) if return_dict else values
 
 
@@ -373,5 +373,5 @@ class EntropyBoundScheduler(_TokenScheduler, diffusers.EntropyBoundScheduler):
         )
         random = _random_tokens(model_output, sample, generator)
         previous = unmask_step(sample, tokens, neg_entropy, budget=bound, fill=random, accepted=accepted)
-        values = (previous, accepted, tokens, probs, scaled)
+        values: Any = (previous, accepted, tokens, probs, scaled)
         return EntropyBoundSchedulerOutput(*values) if return_dict else values

@@ -59,8 +59,8 @@ def posterior_token(
         uniform: the noise is uniform numbers, of which minus the logarithms are exponentials.
         token: int64 (batch, rows), receives the tokens; new where left out.
         prob: float32 (batch, rows), receives the tokens' probabilities, where given.
-        confidence: float32 (batch, rows), receives how doubtful the present token is, by ``kind``: minus the logarithm of
-            the largest mixed probability alpha p_i + beta, of that of the current token, or of the ratio of the current
+        confidence: float32 (batch, rows), receives how doubtful the present token is, by ``kind``: minus the logarithm
+            of the largest mixed probability alpha p_i + beta, of that of the current token, or of the ratio of the current
             one's to the largest other ("margin"), where given.
         out: int64 (batch, positions), receives the tokens at their positions, and nothing elsewhere, where given.
 
@@ -131,6 +131,7 @@ def posterior_token_reference(
     masked = current == vocabulary
     log_p = torch.where(here, x + column["shift"], x).log_softmax(-1)
     factor = torch.where(masked, column["masked_other"], torch.where(here, column["same"], column["other"]))
+
     def mixed(log_p: Tensor) -> Tensor:
         alpha, beta = column["alpha"][..., 0], column["beta"][..., 0]
         return torch.where(beta == 0, alpha.log() + log_p, (alpha * log_p.exp() + beta).log())

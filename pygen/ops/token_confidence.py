@@ -67,7 +67,7 @@ def token_confidence(
     """
     if token is None:
         token = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    settings = {
+    settings: dict[str, Any] = {
         "temperature": setting_tensor(temperature, torch.float32, logits.device),
         "top_k": setting_tensor(top_k, torch.int64, logits.device),
         "top_p": setting_tensor(top_p, torch.float32, logits.device),

@@ -86,7 +86,7 @@ def unmask_step(
     device = sample.device
     if out is None:
         out = torch.empty_like(sample)
-    settings = {
+    settings: dict[str, Any] = {
         "mask_token": setting_tensor(mask_token, torch.int64, device),
         "fixed": fixed,
         "count": setting_tensor(count, torch.int64, device),
@@ -203,13 +203,15 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     def flags(*size: int, share: float = 0.5) -> Tensor:
         return uniform(*size) < share
 
-    def example(name: str, *size: int, masked: float = 0.6, **more: Any) -> Example:
-        mask = flags(*size, share=masked)
+    def example(name: str, *size: int, **more: Any) -> Example:
+        mask = flags(*size, share=more.pop("masked", 0.6))
         arguments = {
             "sample": torch.where(mask, 1000, integers(*size)), "token": integers(*size), "score": uniform(*size).log(),
             "out": torch.full(size, -1), "order": torch.full(size, -1), "mask_token": torch.tensor([1000]),
         }  # fmt: skip
-        return Example(name, arguments | {n: torch.zeros(size).bool() for n in ("accepted", "edited", "settled")} | more)
+        return Example(
+            name, arguments | {n: torch.zeros(size).bool() for n in ("accepted", "edited", "settled")} | more
+        )
 
     for positions in (1, 2, 3, 7, 8, 31, 32, 33, 64, 100, 255, 257, 1000):
         yield example("every count", 2, positions, count=torch.tensor([max(1, positions // 3)]))
@@ -260,14 +262,16 @@ def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
 UNMASK_STEP = OpSpec(
     name="unmask_step",
     function=unmask_step,
-    reference=lambda out, accepted=None, edited=None, settled=None, order=None, **arguments: (
-        unmask_step_reference(**arguments)
+    reference=lambda out, accepted=None, edited=None, settled=None, order=None, **arguments: unmask_step_reference(
+        **arguments
     ),
     operator=_kernel,
     outputs=("out", "accepted", "edited", "settled", "order"),
     backends=_BACKENDS,
     examples=_examples,
-    bytes_moved=lambda example: tensor_bytes(*(example.arguments[name] for name in ("sample", "token", "score", "out"))),
+    bytes_moved=lambda example: tensor_bytes(
+        *(example.arguments[name] for name in ("sample", "token", "score", "out"))
+    ),
     flops=lambda example: 10 * example.arguments["score"].numel(),
     benchmarks=_benchmarks,
 )

@@ -1,7 +1,6 @@
 // The arithmetic of posterior_token, once, for a CPU and a GPU.
 #pragma once
 
-#include "pygen/philox_normal.h"
 #include "pygen/posterior_token.h"
 #include "pygen/token_row.h"
 
@@ -32,8 +31,8 @@ struct PosteriorRow {
   // The log of alpha p + beta; x is the shifted logit, `log_total` the log of the sum over all.
   PYGEN_INLINE double log_weight(float x, double log_total) const {
     const double log_p = x - log_total;
-    if (beta == 0.0f) return log_p + log_any(alpha);
-    return log_any(alpha * exp_double(log_p) + beta);
+    if (beta == 0.0f) return log_p + log_double(alpha);
+    return log_double(alpha * exp_double(log_p) + beta);
   }
   PYGEN_INLINE float confidence(PosteriorConfidence kind, float at_current, float others, double log_total) const {
     const double own = log_weight(at_current, log_total), rest = log_weight(others, log_total);

@@ -30,9 +30,9 @@ enum class PosteriorConfidence : int32_t { kLargest, kCurrent, kMargin };
 struct PosteriorTokenArgs {
   int64_t samples, rows, positions, vocabulary;
   bool has_mask;
-  bool uniform;         // the noise is uniform numbers, -log of which are the exponentials
-  Operand logits;       // strides of samples, positions, vocabulary
-  Operand noise;        // strides of samples, rows, classes; exponentials, or none: the largest weight wins
+  bool uniform;    // the noise is uniform numbers, -log of which are the exponentials
+  Operand logits;  // strides of samples, positions, vocabulary
+  Operand noise;   // strides of samples, rows, classes; exponentials, or none: the largest weight wins
   Plane<const int64_t> current, index;
   Setting<float> coefficients;  // kPosteriorColumns neighbours
   PhiloxSettings philox;
@@ -48,6 +48,6 @@ PYGEN_CPU_KERNEL(posterior_token, PosteriorTokenArgs)
 namespace cuda {
 int64_t posterior_token_workspace(int64_t rows, int64_t vocabulary);
 void posterior_token(const PosteriorTokenArgs& args, void* stream);  // a cudaStream_t
-}
+}  // namespace cuda
 
 }  // namespace pygen

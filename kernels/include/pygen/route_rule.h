@@ -1,7 +1,6 @@
 // The arithmetic of route_token, once, for a CPU and a GPU.
 #pragma once
 
-#include "pygen/philox_normal.h"
 #include "pygen/route_token.h"
 #include "pygen/token_row.h"
 
@@ -17,11 +16,12 @@ PYGEN_INLINE void route_position(const RouteTokenArgs& args, int64_t sample, int
   if (args.philox.seed != nullptr) {
     const PhiloxKey key = philox_key(args.philox, sample, kDrawRoute);
     uint32_t words[4];
-    position_words(position, key, words);
+    philox_words(static_cast<uint64_t>(position), key, words);
     const double total = static_cast<double>(weight[0]) + weight[1] + weight[2];
     double before = 0.0;
-    route = pick(0, 3, uniform_double(words[0], words[1]) * total, before,
-                 [&](int i) -> double { return i == 0 ? weight[0] : i == 1 ? weight[1] : weight[2]; });
+    route = pick(0, 3, uniform_double(words[0], words[1]) * total, before, [&](int i) -> double {
+      return i == 0 ? weight[0] : i == 1 ? weight[1] : weight[2];
+    });
     if (args.random.data == nullptr) {
       const uint64_t vocabulary = static_cast<uint64_t>(args.vocabulary);
       random = static_cast<int64_t>((words[2] * vocabulary + (words[3] * vocabulary >> 32)) >> 32);
@@ -29,8 +29,7 @@ PYGEN_INLINE void route_position(const RouteTokenArgs& args, int64_t sample, int
   } else {
     float best = -1.0f;
     for (int i = 0; i < 3; ++i) {
-      const int64_t offset =
-          sample * args.noise.stride[0] + position * args.noise.stride[1] + i * args.noise.stride[2];
+      const int64_t offset = sample * args.noise.stride[0] + position * args.noise.stride[1] + i * args.noise.stride[2];
       const float noise =
           load_one(static_cast<const char*>(args.noise.data) + offset * size_of(args.noise.dtype), args.noise.dtype);
       const float arrival = weight[i] > 0.0f ? weight[i] / noise : 0.0f;

@@ -27,6 +27,6 @@ PYGEN_CPU_KERNEL(token_confidence, TokenConfidenceArgs)
 namespace cuda {
 int64_t token_confidence_workspace(int64_t rows, int64_t vocabulary);
 void token_confidence(const TokenConfidenceArgs& args, void* stream);  // a cudaStream_t
-}
+}  // namespace cuda
 
 }  // namespace pygen

@@ -4,14 +4,14 @@
 // that holds it, so that drawing it costs no second pass.
 #pragma once
 
-#include "pygen/exp.h"
-#include "pygen/philox.h"
+#include "pygen/philox_normal.h"
 #include "pygen/plane.h"
+#include "pygen/scalars.h"
 
 namespace pygen {
 
-inline constexpr int kRowPartials = 256;     // element i of a block is added to partial sum i % 256, then they by halves
-inline constexpr int kRowGroup = 32;         // cumulative sums run over groups of so many, then inside one
+inline constexpr int kRowPartials = 256;  // element i of a block is added to partial sum i % 256, then they by halves
+inline constexpr int kRowGroup = 32;      // cumulative sums run over groups of so many, then inside one
 inline constexpr int kHistogramBins = 2048;  // the digits of a radix selection: 11, 11 and 10 bits
 inline constexpr float kInfinity = __builtin_inff();
 
@@ -48,15 +48,18 @@ PYGEN_INLINE double exp_double(double x) {
   const double n = (x * 1.4426950408889634 + 0x1.8p52) - 0x1.8p52;
   const double f = (x - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
   double p = 1.0 / 479001600.0;
-  const double inverse_factorial[] = {1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0,
-                                      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,     1.0 / 6.0,     0.5,
-                                      1.0,              1.0};
+  const double inverse_factorial[] = {
+      1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0,
+      1.0 / 120.0,      1.0 / 24.0,      1.0 / 6.0,      0.5,           1.0,          1.0};
   for (const double coefficient : inverse_factorial) p = p * f + coefficient;
   return p * double_from_bits(static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52);
 }
 
 // ln x by a Newton step from float's.
-PYGEN_INLINE double log_double(double x, float close) { return close + (x * exp_double(-close) - 1.0); }
+PYGEN_INLINE double log_double(double x) {
+  const float close = log_one(static_cast<float>(x));
+  return close + (x * exp_double(-close) - 1.0);
+}
 
 // What a filter keeps: logits above `least`, and those equal to it up to index `last_tie`. Comparing keeps NaN.
 struct Kept {
@@ -104,9 +107,7 @@ PYGEN_INLINE uint32_t ordered_from_bits(uint32_t bits) {
 PYGEN_INLINE uint32_t bits_from_ordered(uint32_t key) { return key >> 31 != 0u ? key & 0x7fffffffu : ~key; }
 
 // A probability relative to the largest, as an integer: sums of those depend on no order.
-PYGEN_INLINE uint64_t fixed_weight(float weight) {
-  return weight > 0.0f ? static_cast<uint64_t>(weight * 0x1p40f) : 0;
-}
+PYGEN_INLINE uint64_t fixed_weight(float weight) { return weight > 0.0f ? static_cast<uint64_t>(weight * 0x1p40f) : 0; }
 
 // The radix selection of the element at which a running sum of integer weights, largest logits first, exceeds `target`:
 // three histograms of digits, each over the elements that share the digits before.
@@ -137,11 +138,17 @@ PYGEN_INLINE uint64_t ties_within(uint64_t a, uint64_t b) {
   return quotient;
 }
 
-// log(-log u)'s negative, standard Gumbel; u is kept off 0, and its logarithm too, as diffusers does.
-template <class F, class U>
-PYGEN_INLINE F gumbel(F u, U like) {
-  const F least = splat(1e-20f, u);
-  return -log(max(-log(max(u, least), like), least), like);
+// Gumbel noise, -log(-log u); u and its logarithm are kept off 0 as diffusers keeps them.
+PYGEN_INLINE float gumbel_one(float u) {
+  const float least = 1e-20f, first = -log_one(u > least ? u : least);
+  return -log_one(first > least ? first : least);
+}
+
+// A uniform number of a position, from the first two words of its Philox block.
+PYGEN_INLINE double position_uniform(int64_t position, const PhiloxKey& key) {
+  uint32_t words[4];
+  philox_words(static_cast<uint64_t>(position), key, words);
+  return uniform_double(words[0], words[1]);
 }
 
 }  // namespace pygen

@@ -1,7 +1,6 @@
 // The arithmetic of unmask_step, once, for a CPU and a GPU: a key per position, sorted, and what becomes of each rank.
 #pragma once
 
-#include "pygen/philox_normal.h"
 #include "pygen/token_row.h"
 #include "pygen/unmask_step.h"
 
@@ -50,7 +49,8 @@ PYGEN_INLINE int64_t unmask_count(const UnmaskStepArgs& args, int64_t sample, in
 
 // How many are accepted because the scores before them add up to no less than -budget.
 template <class KeyAt>
-PYGEN_INLINE int64_t unmask_within_budget(const UnmaskStepArgs& args, int64_t sample, int64_t candidates, KeyAt key_at) {
+PYGEN_INLINE int64_t unmask_within_budget(const UnmaskStepArgs& args, int64_t sample, int64_t candidates,
+                                          KeyAt key_at) {
   if (args.budget.data == nullptr) return 0;
   const double budget = args.budget.at(sample, 0.0f);
   double spent = 0.0;

@@ -30,6 +30,6 @@ PYGEN_CPU_KERNEL(unmask_step, UnmaskStepArgs)
 namespace cuda {
 int64_t unmask_step_workspace(int64_t samples, int64_t positions);
 void unmask_step(const UnmaskStepArgs& args, void* stream);  // a cudaStream_t
-}
+}  // namespace cuda
 
 }  // namespace pygen

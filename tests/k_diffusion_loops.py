@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -288,3 +289,53 @@ def dpm_fast(sigmas: Floats, x: Tensor, denoise: Denoise, noise: Noise, eta: flo
     if to_zero:
         x = denoise(x, sigmas[nfe])
     return x
+
+
+def dpm_adaptive(
+    sigma_max: float,
+    sigma_min: float,
+    x: Tensor,
+    denoise: Denoise,
+    noise: Noise,
+    order: int = 3,
+    rtol: float = 0.05,
+    atol: float = 0.0078,
+    h_init: float = 0.05,
+    pcoeff: float = 0.0,
+    icoeff: float = 1.0,
+    dcoeff: float = 0.0,
+    accept_safety: float = 0.81,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Ends with Euler's step from sigma_min to 0."""
+    solver = _DPMSolver(denoise)
+    s, t_end, h = -math.log(sigma_max), -math.log(sigma_min), h_init
+    of_control = 1.5 if eta else order
+    b1, b2, b3 = (pcoeff + icoeff + dcoeff) / of_control, -(pcoeff + 2 * dcoeff) / of_control, dcoeff / of_control
+    errs: list[float] = []
+    x_prev = x
+    while s < t_end - 1e-5:
+        t = min(t_end, s + h)
+        sd, su = _ancestral_step(math.exp(-s), math.exp(-t), eta)
+        t_ = min(t_end, -math.log(sd))
+        eps = solver.eps(x, s)
+        if order == 2:
+            x_low = solver.step_1(x, s, t_, eps)
+            x_high, _ = solver.step_2(x, s, t_, eps)
+        else:
+            x_low, eps_r1 = solver.step_2(x, s, t_, eps, r1=1 / 3)
+            x_high = solver.step_3(x, s, t_, eps, eps_r1)
+        delta = torch.clamp(rtol * torch.maximum(x_low.abs(), x_prev.abs()), min=atol)
+        error = float(torch.linalg.norm((x_low - x_high) / delta)) / math.sqrt(x.numel())
+        inv_error = 1 / (error + 1e-8)
+        errs = errs or [inv_error] * 3
+        errs[0] = inv_error
+        factor = 1 + math.atan(errs[0] ** b1 * errs[1] ** b2 * errs[2] ** b3 - 1)
+        if factor >= accept_safety:
+            errs[2], errs[1] = errs[1], errs[0]
+            x_prev = x_low
+            x = x_high + (su * s_noise * noise() if eta else 0)
+            s = t
+        h *= factor
+    return denoise(x, math.exp(-s))

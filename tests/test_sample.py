@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ import pygen
 from pygen import _C
 from pygen.diffusion import SOLVERS, Stepper, stack_plans
 from pygen.models.checkpoint import load_model
+from tests import k_diffusion_loops
 from tests.error_rule import assert_error_rule
 
 DIGITS = "pygen/models/digits"
@@ -240,3 +243,56 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
         right["schedule"] = None
     with pytest.raises(ValueError, match=message):
         pygen.sample(**(right | arguments))
+
+
+@pytest.mark.parametrize("schedule", ["karras", "linear"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"order": 2}, {"pcoeff": 0.3, "dcoeff": 0.1, "rtol": 0.02, "h_init": 2.0}, {"clip": (-0.7, 0.8)}],
+    ids=str,
+)
+def test_adaptive_steps_are_those_of_k_diffusion(schedule: str, options: dict[str, Any]) -> None:
+    """The accepted samples, and the model is not called again where a refused step began."""
+    known = pygen.diffusion.make_schedule(schedule)
+    low, high = options.get("clip", (-math.inf, math.inf))
+    shown: list[float] = []
+
+    def x_0(y: Tensor, rho: float) -> Tensor:
+        return torch.tanh(3.0 * y / (1 + rho**2)) * 0.9
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (float(f(np.array(t[0].item()))) for f in (known.alpha, known.sigma))
+        shown.append(float(t[0]))
+        return x_0(x / alpha, sigma / alpha)
+
+    arguments = {"solver": "dpm_adaptive", "schedule": schedule, "prediction": "sample", "seed": 3} | options
+    with pygen.backend("reference"):
+        actual = pygen.sample(model, (4, 30), dtype=torch.float64, **arguments)
+        start = pygen.philox_normal((4, 30), seed=3, dtype=torch.float64)
+    ends = np.array([known.t_max, known.t_min])
+    sigma_max, sigma_min = (known.sigma(ends) / known.alpha(ends)).tolist()
+    seen: list[Tensor] = []
+
+    def denoise(y: Tensor, sigma: float) -> Tensor:
+        seen.append(y)
+        return x_0(y, sigma).clamp(low, high)
+
+    controls = {name: value for name, value in options.items() if name != "clip"}
+    expected = k_diffusion_loops.dpm_adaptive(
+        sigma_max, sigma_min, start * sigma_max, denoise, lambda: start, **controls
+    )
+    # Timesteps are told in float32, which moves the model by as much.
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    repeated = sum(any(torch.equal(y, other) for other in seen[:i]) for i, y in enumerate(seen))
+    assert len(shown) == len(seen) - repeated
+    assert repeated or "h_init" not in options
+
+
+def test_adaptive_noise_is_drawn_anew_and_refusals_name_the_reason() -> None:
+    samples = [draw("dpm_adaptive", 4, seed=seed, eta=1.0) for seed in (1, 1, 2)]
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+    with pytest.raises(ValueError, match="cannot begin where alpha is 0"):
+        draw("dpm_adaptive", 2, schedule="flow")
+    with pytest.raises(ValueError, match="order must be 2 or 3"):
+        draw("dpm_adaptive", 2, order=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -67,7 +67,7 @@ class StepPlan:
 
 
 def plan(
-    solver: str,
+    solver: str | Callable[..., list[SolverStep]],
     schedule: Schedule | str | dict[str, Any],
     steps: int | None = None,
     *,
@@ -84,7 +84,7 @@ def plan(
     """The table of a solver's steps.
 
     Args:
-        solver: a name of ``pygen.diffusion.solvers.SOLVERS``.
+        solver: a name of ``pygen.diffusion.solvers.SOLVERS``, or a function like those.
         schedule: a ``Schedule``, its name, or its name and arguments in a dict.
         steps: how many; with ``spacing`` ("leading", "linspace" or "trailing") chooses the times. Or
         times: steps + 1 decreasing times, the last the end of the trajectory.
@@ -104,11 +104,13 @@ def plan(
     Raises:
         ValueError: naming the argument that is wrong.
     """
-    if solver not in SOLVERS:
+    if isinstance(solver, str) and solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    make_steps = SOLVERS[solver] if isinstance(solver, str) else solver
+    solver = make_steps.__name__
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-    known = list(inspect.signature(SOLVERS[solver]).parameters)[1:]
+    known = list(inspect.signature(make_steps).parameters)[1:]
     for option in options:
         if option not in known:
             raise ValueError(f"solver {solver!r} has no option {option!r}; it takes {', '.join(known) or 'none'}")
@@ -144,7 +146,7 @@ def plan(
 
     grid = Grid.of(schedule, grid_times)
     with np.errstate(divide="ignore", invalid="ignore"):
-        solver_steps = SOLVERS[solver](grid, **options)
+        solver_steps = make_steps(grid, **options)
     count = len(solver_steps)
     guidances = np.atleast_1d(np.asarray(guidance, dtype=np.float64))
     if guidances.shape not in ((1,), (count,)) or not np.isfinite(guidances).all():

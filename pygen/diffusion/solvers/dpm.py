@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pygen.diffusion.solvers.base import (
     CARRIED,
+    NOISE,
     Combination,
     Grid,
     Point,
     SolverStep,
     Update,
     X,
+    ancestral,
+    not_negative,
     one_of,
     past,
     phi,
@@ -160,11 +164,36 @@ def block(points: Sequence[Point], algorithm_type: str, solver_type: str, stage_
         )  # fmt: skip
         following = update.of(start, range(j, -1, -1))
         steps.append(SolverStep(following, start if data and not last else None, at=point, epsilon=not data))
-        start = CARRIED
-        if not data:
-            known = (factor * past(j + 1 - k) for k, factor in enumerate(update.model))
-            start = 1 / update.x * (X - sum(known, Combination()))
+        start = CARRIED if data else _undone(update, range(j + 1, 0, -1))
     return steps
+
+
+def _undone(update: Update, ago: Sequence[int]) -> Combination:
+    """The sample that an update without noise began at, from the one that it made."""
+    known = (factor * past(k) for factor, k in zip(update.model, ago, strict=True))
+    return 1 / update.x * (X - sum(known, Combination()))
+
+
+def embedded_pair(grid: Grid, *, order: int = 3, eta: float = 0.0, s_noise: float = 1.0) -> list[SolverStep]:
+    """One step of DPM-Solver-2 or -3, as k-diffusion's ``dpm_adaptive`` tries it: the rows of its stages, then, at the
+    last of them, those of two results, of order - 1 and of ``order``, and one that adds noise to a result."""
+    one_of((2, 3), order=order)
+    not_negative(eta=eta, s_noise=s_noise)
+    start, end = grid.point(0), grid.point(1)
+    down, up = ancestral(grid, 0, eta)
+    inner = [grid.at_rho(start.rho ** (1 - j / order) * down.rho ** (j / order)) for j in range(1, order)]
+    points = [start, *inner, down]
+    *stages, high = block(points, "dpmsolver", "midpoint", "heun")
+    path = Grid.through(*points)
+    made = singlestep_update(
+        path, 0, range(1, order - 1), order - 1, algorithm_type="dpmsolver", solver_type="heun"
+    )  # the sample at the last stage
+    ago = range(order - 1, 0, -1)
+    lower = singlestep_update(path, 0, range(1, order - 1), order, algorithm_type="dpmsolver")
+    low = SolverStep(lower.of(_undone(made, ago), ago), at=high.at, epsilon=True)
+    # The row of the lower order puts the present value in the history as well.
+    high = replace(high, next=replace(high.next, history=(0.0, *high.next.history)))
+    return [*stages, low, high, SolverStep(X + s_noise * up * NOISE, at=end, epsilon=True)]
 
 
 def dpm_singlestep(

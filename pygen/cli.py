@@ -21,6 +21,7 @@ from torch import Tensor
 import pygen
 from pygen import _C
 from pygen.diffusion import SOLVERS
+from pygen.diffusion.adaptive import ADAPTIVE
 from pygen.diffusion.schedules import SPACINGS
 from pygen.files import replacing
 from pygen.images import grid, to_pixels
@@ -202,7 +203,7 @@ def bench(
     default=DIGITS,
     help="Folder of a model; digits if left out.",
 )
-@click.option("--solver", type=click.Choice(list(SOLVERS)), default="dpmpp_2m", show_default=True)
+@click.option("--solver", type=click.Choice([*SOLVERS, ADAPTIVE]), default="dpmpp_2m", show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--spacing", type=click.Choice(SPACINGS), default="trailing", show_default=True, help="Of the times.")
 @click.option("--classes", type=Numbers(), help="Such as 0,2,5-7; taken in turn. All if left out.")

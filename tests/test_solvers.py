@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor
 
 import pygen
 from pygen.diffusion import SOLVERS, Schedule, Stepper, StepPlan, make_schedule
+from pygen.diffusion.solvers import Combination, Grid, SolverStep
 from pygen.ops.affine_step import COLUMNS
 from pygen.ops.philox_normal import DRAW_AFFINE_STEP
 from tests import k_diffusion_loops, paper_loops
@@ -984,3 +987,52 @@ def test_plan_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         pygen.plan(**(right | arguments))
     assert "\n" not in str(raised.value)
+
+
+def test_the_table_of_solvers_is_complete_and_true() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "solvers.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    assert [row[0] for row in rows[1:]] == list(SOLVERS)
+    for name, _, evaluations, options in rows[1:]:
+        assert int(evaluations) == pygen.plan(name, "linear", 10).steps, name
+        parameters = list(inspect.signature(SOLVERS[name]).parameters.values())[1:]
+        assert options == (", ".join(f"{p.name}={p.default!r}" for p in parameters) or "none"), name
+
+
+BAD_OPTIONS = {
+    "euler": ({"s_churn": -1.0}, "s_churn must be at least 0"),
+    "euler_ancestral": ({"eta": math.nan}, "eta must be at least 0"),
+    "heun": ({"s_noise": -1.0}, "s_noise must be at least 0"),
+    "lms": ({"order": 5}, "order must be 1, 2, 3 or 4, got 5"),
+    "ipndm": ({"order": 0}, "order must be 1, 2, 3 or 4, got 0"),
+    "deis": ({"order": 2.5}, "order must be 1, 2, 3 or 4"),
+    "dpm_multistep": ({"algorithm_type": "dpm++"}, "algorithm_type must be dpmsolver, "),
+    "dpm_singlestep": ({"algorithm_type": "sde-dpmsolver"}, "algorithm_type must be dpmsolver, "),
+    "dpmpp_2m_sde": ({"solver_type": "rk"}, "solver_type must be midpoint or heun, got 'rk'"),
+    "dpmpp_sde": ({"r": 0.0}, "r must lie in"),
+    "sa_solver": ({"tau": -0.1}, "tau must be at least 0"),
+    "tcd": ({"eta": 1.5}, "eta must lie in"),
+    "dpm_2": ({"s_churn": 2.0}, "no time at which sigma / alpha is"),  # above the noise of t_max
+}
+
+
+@pytest.mark.parametrize("solver", BAD_OPTIONS)
+def test_options_are_refused_by_name(solver: str) -> None:
+    options, message = BAD_OPTIONS[solver]
+    with pytest.raises(ValueError, match=message):
+        pygen.plan(solver, "linear", 5, **options)
+    if solver == "dpm_2":  # EDM's schedule goes on
+        plan = pygen.plan(solver, "karras", 5, **options)
+        assert plan.initial_scale == pytest.approx(80.0 * 1.4)
+
+
+def test_a_solver_may_be_a_function_of_the_caller() -> None:
+    def half(grid: Grid) -> list[SolverStep]:
+        return [SolverStep(Combination(x=0.5)) for _ in range(grid.steps)]
+
+    plan = pygen.plan(half, "linear", 3)
+    assert plan.solver == "half"
+    x = torch.ones(2, 3)
+    torch.testing.assert_close(run(plan, x, lambda i, x: (x, x))[-1], x / 8)

@@ -1,5 +1,6 @@
 """Diffusion: schedules, solvers as tables of coefficients, and the one sampling loop."""
 
+from pygen.diffusion.fractional import FractionalProcess, sample_fractional
 from pygen.diffusion.guidance import APG, PerpNeg, Rescale
 from pygen.diffusion.plan import StepPlan, stack_plans
 from pygen.diffusion.sample import StepInfo, Stepper
@@ -11,6 +12,7 @@ __all__ = [
     "APG",
     "SCHEDULES",
     "SOLVERS",
+    "FractionalProcess",
     "Noising",
     "PerpNeg",
     "Rescale",
@@ -21,5 +23,6 @@ __all__ = [
     "edm",
     "make_schedule",
     "min_snr",
+    "sample_fractional",
     "stack_plans",
 ]

@@ -70,16 +70,6 @@ class VarianceExploding(OfIndex):
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         raise NotImplementedError
 
-    def _ends(self, index: int) -> tuple[float, float]:
-        """The sigmas between which a step goes."""
-        sigmas = self._host("sigmas")
-        if index + 1 >= len(sigmas):
-            raise ValueError(
-                f"step {index} is past the last of sigmas; where two timesteps are one, set_begin_index must say "
-                "which of them the run begins at"
-            )
-        return sigmas[index], sigmas[index + 1]
-
     def _check(self, timestep: float | Tensor) -> None:
         """Refuse the index of a step in place of its timestep, and warn of a sample that was not scaled."""
         refuse_index(timestep)
@@ -112,7 +102,7 @@ class _Churned(VarianceExploding):
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         index, gamma, s_noise, known = of_step
-        sigma, following = self._ends(index)
+        sigma, following = self._interval(index)
         raised = sigma * (gamma + 1.0)
         pred = (0.0, 1.0) if known else self._raised_pred(sigma, raised)
         row = written_out(columns(SolverStep(transfer(at(raised), at(following)), PRED), pred))
@@ -219,7 +209,7 @@ class EulerAncestralDiscreteScheduler(VarianceExploding, diffusers.EulerAncestra
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         (index,) = of_step
-        sigma, following = self._ends(index)
+        sigma, following = self._interval(index)
         step = ddpm(Grid.through(at(sigma), at(following)))[0]
         return columns(step, self._pred(sigma)) | {"step": index}
 
@@ -262,10 +252,10 @@ class HeunDiscreteScheduler(_TwoStage, diffusers.HeunDiscreteScheduler):
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         (index,) = of_step
         if kind == "first":
-            here, following = self._ends(index)
+            here, following = self._interval(index)
             step = SolverStep(transfer(at(here), at(following)), direction(at(here)))
         else:
-            before, here = self._ends(index - 1)
+            before, here = self._interval(index - 1)
             half = (here - before) / 2
             step = SolverStep(past(1) + half * (past(2) + direction(at(here))))
         row = columns(step, self._pred(here))
@@ -344,7 +334,7 @@ class KDPM2DiscreteScheduler(_MidPoint, diffusers.KDPM2DiscreteScheduler):
     """k-diffusion's DPM-2 (Karras et al. 2022, algorithm 2 with its step at the geometric mean)."""
 
     def _stage_sigmas(self, index: int) -> tuple[float, float, float, float]:
-        sigma, following = self._ends(index)
+        sigma, following = self._interval(index)
         return sigma, self._host("sigmas_interpol")[index + 1], following, 0.0
 
     def step(
@@ -410,13 +400,13 @@ class DPMSolverSDEScheduler(_TwoStage, diffusers.DPMSolverSDEScheduler):
         return [*sigmas, *(self._between(i) for i in range(0, len(sigmas) - 1, 2))]
 
     def _between(self, index: int) -> float:
-        sigma, following = self._ends(index)
+        sigma, following = self._interval(index)
         return math.sqrt(sigma * following)
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         index, s_noise, philox = of_step
         begin = index if kind == "first" else index - 1
-        sigma, end = self._ends(begin)
+        sigma, end = self._interval(begin)
         between = self._between(begin)
         grid = Grid.through(at(sigma), at(between if kind == "first" else end))
         of_x, of_x0, variance, _ = posterior(grid, 0)

@@ -33,7 +33,7 @@ class LMSDiscreteScheduler(VarianceExploding, DiffusersLMSDiscreteScheduler):
 
     def _step_row(self, kind: str, *of_step: Any) -> Columns:
         index, order, values, _ = of_step
-        here, _ = self._ends(index)
+        here, _ = self._interval(index)
         sigmas = self._host("sigmas")[index - order + 1 : index + 2]
         update = lms_update(Grid.through(*map(at, sigmas)), order - 1, range(order - 2, -1, -1))
         # After a start within the schedule, diffusers weighs the values there are as if there were all of the order.

@@ -11,7 +11,7 @@ from bench.measure import Call
 from tests.error_rule import Triple, assert_error_rule
 
 # In the table's order. "reference" is the float64 truth, "pygen..." are ours, all others are peers.
-COLUMNS = ("reference", "eager", "torch.compile", "diffusers", "pygen", "pygen, out=")
+COLUMNS = ("reference", "eager", "torch.compile", "diffusers", "pygen", "pygen, Philox", "pygen, out=")
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Case:
     suite: str
     name: str
     make: Callable[[], Work]
+    part: str = ""  # with a table of its own
 
     def prepare(self) -> Work:
         torch._dynamo.reset()  # one formula at many sizes would run into the limit of recompilations

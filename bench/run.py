@@ -6,9 +6,10 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,18 +21,22 @@ from rich.progress import Progress
 from rich.table import Table
 
 import pygen
-from bench import ops, steps
+from bench import drop_ins, ops, steps
 from bench.cases import COLUMNS, Case
 from bench.measure import Spread, cache_state, copy_call, interleaved, matmul_rate
 from pygen import _C
 
-SUITES = {"steps": steps.cases, "ops": ops.cases}
+SUITES: dict[str, Callable[[bool], list[Case]]] = {
+    "steps": lambda quick: [*steps.cases(quick), *drop_ins.cases(quick)],
+    "ops": ops.cases,
+}
 NOTES = """\
 Microseconds, the median of calls that took turns, ± half the distance of the quartiles. Data in: the smallest cache
 that holds what is moved. Reference: the truth, in float64. Eager: in the suite ops the reference in the op's dtype,
 which can do any row; in the suite steps the formula written out. torch.compile: of eager, blank where that has a graph
-break. Floor: a copy of as many bytes at the same working set, or the flops at the rate of a matrix product, if that
-takes longer."""
+break; beside a drop-in, of what its row computes in the middle of a run, noise given (scheduler.step itself is not
+compiled: its state breaks the graph). Drop-ins: scheduler.step alone, in the order of a run. Floor: a copy of as many
+bytes at the same working set, or the flops at the rate of a matrix product, if that takes longer."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Result:
     """A case as it was measured; seconds. Without times where it is red."""
 
     suite: str
+    part: str
     name: str
     data_in: str
     dtype: str
@@ -76,7 +82,7 @@ def measure(cases: Iterable[Case], quick: bool) -> list[Result]:
             times = interleaved(calls, seconds)
             floor = max(times["copy"].median, work.flops / product if product else 0.0)
         facts = (cache_state(work.bytes_moved), str(work.dtype)[6:], work.bytes_moved, work.flops)
-        results.append(Result(case.suite, case.name, *facts, red, product, floor, times))
+        results.append(Result(case.suite, case.part, case.name, *facts, red, product, floor, times))
     return results
 
 
@@ -98,9 +104,9 @@ def line_of(about: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in about.items() if name != "cases")
 
 
-def table(suite: str, results: list[Result], old: Old | None) -> Table:
+def table(title: str, results: list[Result], old: Old | None) -> Table:
     columns = [column for column in COLUMNS if any(column in result.times for result in results)]
-    lines = Table(title=suite, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    lines = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     lines.add_column("work", no_wrap=True)
     lines.add_column("data in", no_wrap=True)
     for heading in (*columns, "floor", "share\nof floor", "beside the\nbest peer", *(["old / new"] if old else [])):
@@ -173,7 +179,10 @@ def main(
         cases = SUITES[suite](quick)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             mine = measure(progress.track(cases, description=suite), quick)
-        console.print(table(suite, mine, old))
+        for part, these in groupby(mine, key=lambda result: result.part):
+            console.print(table(f"{suite}: {part}" if part else suite, list(these), old))
+        for line in drop_ins.verdicts(mine):
+            console.print(line, markup=False)
         results += mine
     console.print(NOTES + ("\nquick: a tenth of the time, few cases, torch.compile left out." if quick else ""))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -128,6 +128,11 @@ def solver_step(solver: str, shape: tuple[int, ...]) -> Work:
     return Work(calls, SPEC.bytes_moved(example), SPEC.flops(example), torch.float32, results)
 
 
+def in_dtype(kind: type, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Where a class of diffusers' schedulers computes in this dtype: float32, or float64 for the truth."""
+    return in_float64(kind) if dtype is torch.float64 else nullcontext()
+
+
 def scheduler_of(solver: str) -> tuple[type, dict[str, Any]]:
     import diffusers
 
@@ -148,7 +153,7 @@ def diffusers_walk(
 ) -> tuple[Any, Tensor]:
     """The scheduler and the sample after so many steps, over the same outputs of the model."""
     kind, options = scheduler_of(solver)
-    with in_float64(kind) if dtype is torch.float64 else nullcontext():
+    with in_dtype(kind, dtype):
         scheduler = kind(**options)
         scheduler.set_timesteps(STEPS)
         x = start.to(dtype)

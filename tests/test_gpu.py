@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 import pygen
 from pygen import _C
-from pygen.diffusion import Noising, min_snr
+from pygen.diffusion import SOLVERS, Noising, Stepper, min_snr
+from pygen.diffusion.adaptive import ADAPTIVE
 from pygen.ops import SPECS, OpSpec
 from pygen.ops.affine_step import make_table
 from tests.error_rule import assert_error_rule
@@ -81,6 +83,45 @@ def test_no_step_waits_for_the_gpu() -> None:
         pygen.philox_normal(seed=arguments["seed"], step=arguments["rows"], out=x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != ADAPTIVE])
+def test_no_step_of_a_solver_waits_for_the_gpu(solver: str) -> None:
+    plan = pygen.plan(solver, "cosine", 5, guidance=2.0, device="cuda")
+    x, seed = torch.randn(2, 4, 16, 16, device="cuda"), torch.tensor([1], device="cuda")
+    stepper = Stepper(plan, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(plan.steps):
+            x = stepper.step(i, x, 0.5 * x, uncond=0.25 * x, seed=seed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Noise that is made on the host, by definition: torchsde's. Drop-ins that are driven in other ways than by
+# step(output, t, sample) run on a CPU in test_diffusers.py.
+ON_THE_HOST = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}
+
+
+def test_no_step_of_a_drop_in_waits_for_the_gpu() -> None:
+    pytest.importorskip("diffusers")
+    import pygen.diffusers
+    from tests.diffusers_trajectories import DRIVERS
+
+    offered = {name for name in pygen.diffusers.__all__ if name.endswith("Scheduler")}
+    for name in sorted(offered - set(DRIVERS) - ON_THE_HOST):
+        scheduler = getattr(pygen.diffusers, name)()
+        scheduler.set_timesteps(5, device="cuda")
+        x = torch.randn(2, 4, 16, 16, device="cuda")
+        generator = torch.Generator("cuda").manual_seed(0)
+        takes = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for t in scheduler.timesteps:
+                scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else None
+                x = scheduler.step(0.5 * x, t, x, **takes)[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_no_training_step_waits_for_the_gpu() -> None:

@@ -30,6 +30,11 @@ def promoted(first: torch.dtype, second: torch.dtype) -> torch.dtype:
     return first if first == second else torch.float32
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on a device, which is not waited for."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def tensor_table(columns: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """A table of columns whose values only the device may know: numbers, or tensors that broadcast to one shape.
 
@@ -37,10 +42,15 @@ def tensor_table(columns: dict[str, Any], device: torch.device) -> tuple[Tensor,
         the table, with a row for each element of that shape, and the rows' indices, in that shape.
     """
     values = torch.broadcast_tensors(
-        *(torch.as_tensor(value, dtype=torch.float64, device=device) for value in columns.values())
+        *(
+            value.to(device, torch.float64)
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=torch.float64, device=device)
+            for value in columns.values()
+        )
     )
     rows = torch.arange(values[0].numel(), device=device).view(values[0].shape)
-    table = make_table([{}]).to(device).expand(rows.numel(), -1).clone()
+    table = upload(make_table([{}]), device).expand(rows.numel(), -1).clone()
     for name, value in zip(columns, values, strict=True):
         table[:, COLUMNS[name]] = value.reshape(-1)
     return table, rows
@@ -183,7 +193,7 @@ class FusedScheduler:
                 if row is not None:
                     by_terms.setdefault(history_terms(row), {})[one] = row
             for terms, alike in by_terms.items():
-                table = make_table(list(alike.values()), terms).to(device)
+                table = upload(make_table(list(alike.values()), terms), device)
                 for one, index in zip(alike, torch.arange(len(alike), device=device).unbind(), strict=True):
                     self._tables[one, device] = table, index
             found = self._tables[key, device]
@@ -228,7 +238,7 @@ class FusedScheduler:
 
     def _noised(self, x: Tensor, noise: Tensor, levels: Sequence[Level]) -> Tensor:
         """alpha x + sigma noise, each sample at its own of ``levels`` (alpha, sigma), or all at the one given."""
-        alpha, sigma = torch.tensor(levels, dtype=torch.float64).unbind(1)
+        alpha, sigma = upload(torch.tensor(levels, dtype=torch.float64), x.device).unbind(1)
         return self._mixed(x, noise, alpha, sigma)
 
     def _mixed(self, x: Tensor, noise: Tensor, alpha: Any, sigma: Any) -> Tensor:

@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_repaint import RePaintSchedulerOutput
 from diffusers.schedulers.scheduling_unclip import UnCLIPSchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, Level, OfTimestep
+from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, Level, OfTimestep, upload
 from pygen.diffusers.noise import Generators, draw_noise
 from pygen.diffusion.rows import columns, conversion
 from pygen.diffusion.solvers import Combination, Grid, SolverStep, ddim, euler
@@ -223,7 +223,7 @@ class _Parallel(OfTimestep):
         key = ("every training timestep",), sample.device
         if key not in self._tables:
             table = make_table([self._batch_row(t) for t in range(self.config.num_train_timesteps)])
-            self._tables[key] = table.to(sample.device), timesteps
+            self._tables[key] = upload(table, sample.device), timesteps
         table, _ = self._tables[key]
         return self._execute(table, timesteps, sample, model_output, dtype=torch.float32, threshold=self._thresholds)[0]
 
@@ -470,7 +470,7 @@ class DDPMWuerstchenScheduler(FusedScheduler, diffusers.DDPMWuerstchenScheduler)
         if len(set(times)) == 1:
             table, rows = self._find((first, before), sample.device)
         else:
-            table = make_table([self._row(time, before) for time in times]).to(sample.device)
+            table = upload(make_table([self._row(time, before) for time in times]), sample.device)
             rows = torch.arange(len(times), device=sample.device)
         prev_sample = self._execute(table, rows, sample, model_output, noise=noise, dtype=model_output.dtype)[0]
         if not return_dict:

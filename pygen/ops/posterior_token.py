@@ -60,8 +60,8 @@ def posterior_token(
         token: int64 (batch, rows), receives the tokens; new where left out.
         prob: float32 (batch, rows), receives the tokens' probabilities, where given.
         confidence: float32 (batch, rows), receives how doubtful the present token is, by ``kind``: minus the logarithm
-            of the largest mixed probability alpha p_i + beta, of that of the current token, or of the ratio of the current
-            one's to the largest other ("margin"), where given.
+            of the largest mixed probability alpha p_i + beta, of that of the current token, or of the ratio of the
+            current one's to the largest other ("margin"), where given.
         out: int64 (batch, positions), receives the tokens at their positions, and nothing elsewhere, where given.
 
     Returns:

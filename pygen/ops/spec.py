@@ -57,4 +57,4 @@ def index_tensor(value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value
     value &= 0xFFFFFFFFFFFFFFFF
-    return torch.tensor([value - (1 << 64) if value >> 63 else value], dtype=torch.int64, device=device)
+    return torch.full((1,), value - (1 << 64) if value >> 63 else value, dtype=torch.int64, device=device)

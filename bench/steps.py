@@ -121,9 +121,8 @@ def solver_step(solver: str, shape: tuple[int, ...]) -> Work:
             scheduler.step(outputs[TIMED], t, x)
 
         calls["diffusers"] = theirs
-    carried = [] if stepper.carried is None else [stepper.carried]
-    read = {"x": x, "model_output": x, "history": [*stepper.predictions, *carried]}
-    written = {"out": out, "pred": x if stepper.predictions else None, "second": stepper.carried}
+    read = {"x": x, "model_output": x, "history": [*stepper.predictions, *stepper.carried]}
+    written = {"out": out, "pred": x if stepper.predictions else None, "second": x if stepper.carried else None}
     example = Example("", read | written)
     return Work(calls, SPEC.bytes_moved(example), SPEC.flops(example), torch.float32, results)
 

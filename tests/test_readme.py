@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_examples_run(monkeypatch: Any) -> None:
     monkeypatch.chdir(ROOT)
-    first, loop = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    first, loop, images, server = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(first, names)
     assert names["digits"].shape == (100, 1, 8, 8)
@@ -21,3 +21,11 @@ def test_examples_run(monkeypatch: Any) -> None:
     names |= {"latents": torch.randn(2, 4, 8, 8), "text": 1.0, "empty": 0.5, "unet": lambda x, t, scale: scale * x}
     exec(loop, names)
     assert names["latents"].isfinite().all()
+    exec(images, names)
+    for name in ("varied", "redrawn", "repainted"):
+        assert names[name].shape == (4, 1, 8, 8)
+        assert names[name].abs().max() <= 1.0 + 1e-6
+    for name in ("redrawn", "repainted"):
+        assert torch.equal(names[name][..., :4], names["few"][..., :4])
+    exec(server, names)
+    assert not names["batch"].requests

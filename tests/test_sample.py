@@ -22,7 +22,6 @@ from tests.error_rule import assert_error_rule
 DIGITS = "pygen/models/digits"
 NOISY: dict[str, dict[str, Any]] = {"ddpm": {}, "ddim": {"eta": 0.7}}
 ALL = pytest.mark.parametrize("solver", SOLVERS)
-IN_EPSILON = ("lms", "pndm", "plms", "ipndm", "deis", "dpm_fast")  # a clipped one remembers what others do not
 
 
 def elementwise(x: Tensor, t: Tensor) -> Tensor:
@@ -102,41 +101,37 @@ def test_one_graph_serves_all_steps(solver: str, clip: tuple[float, float] | Non
     def step(stepper: Stepper, i: int, row: Tensor, x: Tensor) -> Tensor:
         return stepper.step(i, x, bounded(x, row), uncond=0.25 * x, seed=seed)
 
-    def graph(x: Tensor, kept: list[Tensor], carried: Tensor, row: Tensor) -> Tensor:
-        history = [*kept, carried] if plan.carries else kept
-        of_second = plan.remembers_second
+    def graph(x: Tensor, kept: list[Tensor], seconds: list[Tensor], row: Tensor) -> Tensor:
         return pygen.affine_step(
-            x, bounded(x, row), plan.table, row, uncond=0.25 * x, history=history, seed=seed,
-            pred=None if of_second or not kept else kept[-1], second=kept[-1] if of_second else carried,
+            x, bounded(x, row), plan.table, row, uncond=0.25 * x, history=[*kept, *seconds], seed=seed,
+            pred=kept[-1] if kept else None, second=seconds[-1] if seconds else None,
         )  # fmt: skip
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(graph, fullgraph=True, backend=counter)
     stepper = Stepper(plan, start)
-    x, expected, carried = start, start, torch.zeros_like(start)
-    kept = [torch.zeros_like(start) for _ in range(plan.history)]
+    x, expected = start, start
+    kept, seconds = ([torch.zeros_like(start) for _ in range(count)] for count in (plan.predictions, plan.carried))
     for i, row in enumerate(plan.rows):
-        x, expected = compiled(x, kept, carried, row), step(stepper, i, row, expected)
-        kept = kept[-1:] + kept[:-1]
+        x, expected = compiled(x, kept, seconds, row), step(stepper, i, row, expected)
+        kept, seconds = kept[-1:] + kept[:-1], seconds[-1:] + seconds[:-1]
         assert torch.equal(x, expected), i
     assert counter.frame_count == 1
 
 
 def test_one_graph_serves_all_steps_solvers_and_rows() -> None:
     plans = [
-        pygen.plan(
-            solver, "cosine", 5, guidance=2.0, clip=None if solver in IN_EPSILON else (-3, 3), **NOISY.get(solver, {})
-        )
+        pygen.plan(solver, "cosine", 5, guidance=2.0, clip=(-3, 3), **NOISY.get(solver, {}))
         for solver in SOLVERS
         if solver != "pndm"  # which keeps as many tensors as a row has
     ]
-    table, begins, history = stack_plans(plans)
+    table, begins, predictions, carried = stack_plans(plans)
 
-    def step(x: Tensor, kept: list[Tensor], carried: Tensor, rows: Tensor, seed: Tensor) -> Tensor:
+    def step(x: Tensor, kept: list[Tensor], seconds: list[Tensor], rows: Tensor, seed: Tensor) -> Tensor:
         out = pygen.affine_step(
-            x, bounded(x, rows), table, rows, uncond=0.25 * x, history=[*kept, carried], seed=seed,
-            pred=kept[-1], second=carried,
+            x, bounded(x, rows), table, rows, uncond=0.25 * x, history=[*kept, *seconds], seed=seed,
+            pred=kept[-1], second=seconds[-1],
         )  # fmt: skip
         return out
 
@@ -147,10 +142,10 @@ def test_one_graph_serves_all_steps_solvers_and_rows() -> None:
 
     def loop(run: Any, rows_of: Any) -> Tensor:
         x, seed = start.clone(), torch.tensor([3])
-        kept, carried = [torch.zeros_like(x) for _ in range(history)], torch.zeros_like(x)
+        kept, seconds = ([torch.zeros_like(x) for _ in range(count)] for count in (predictions, carried))
         for i in range(5):
-            x = run(x, kept, carried, rows_of(i), seed)
-            kept = kept[-1:] + kept[:-1]
+            x = run(x, kept, seconds, rows_of(i), seed)
+            kept, seconds = kept[-1:] + kept[:-1], seconds[-1:] + seconds[:-1]
         return x
 
     for begin in begins:  # each solver in turn for the whole batch, then a batch that mixes them

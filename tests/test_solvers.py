@@ -766,8 +766,8 @@ def final_error(plan: StepPlan, states: list[Tensor], of_epsilon: bool) -> float
         i = first - 1 - j
         x_0 = denoise(states[i], alpha[i], sigma[i])
         kept.copy_((states[i] - alpha[i] * x_0) / sigma[i] if of_epsilon else x_0)
-    if first and stepper.carried is not None:
-        stepper.carried.copy_(states[first - 1])
+    for kept in stepper.carried if first else []:
+        kept.copy_(states[first - 1])
     with pygen.backend("reference"):
         for i in range(first, plan.steps):
             x = stepper.step(i, x, denoise(x, alpha[i], sigma[i]))

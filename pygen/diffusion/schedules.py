@@ -163,6 +163,30 @@ def flow(shift: float = 1.0, t_min: float = 1e-3) -> Schedule:
     return Schedule("flow", alpha=lambda t: 1.0 - sigma(t), sigma=sigma, t_max=1.0, t_min=t_min, t_clean=0.0)
 
 
+def resampled(times: ArrayLike, length: int = 10, count: int = 10) -> Array:
+    """Times that go back up, for each part to be sampled ``count`` times (RePaint: Lugmayr et al. 2022, section 4.2 and
+    appendix B).
+
+    ``length``: by how many times they jump up (the authors' jump_length; ``count`` is their jump_n_sample), the first
+    time at as many from the end, and one.
+    """
+    for name, value in {"length": length, "count": count}.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    times = np.asarray(times, dtype=np.float64)
+    last = len(times) - 1
+    jumps = dict.fromkeys(range(last - 1, length - 1, -length), count - 1)
+    i, visited = 0, [0]
+    while i < last:
+        i += 1
+        visited.append(i)
+        if jumps.get(i, 0) > 0:
+            jumps[i] -= 1
+            i -= length
+            visited.append(i)
+    return times[visited]
+
+
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     make.__name__: make for make in (linear, scaled_linear, cosine, sigmoid, karras, flow)
 }

@@ -23,7 +23,7 @@ from diffusers.schedulers.scheduling_entropy_bound import EntropyBoundSchedulerO
 from diffusers.schedulers.scheduling_vq_diffusion import VQDiffusionSchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import FusedScheduler, HostTensor
+from pygen.diffusers.base import FusedScheduler, HostTensor, upload
 from pygen.diffusers.noise import PhiloxGenerator
 from pygen.ops.posterior_token import COLUMNS, posterior_confidence, posterior_token
 from pygen.ops.route_token import route_token
@@ -72,7 +72,7 @@ class _TokenScheduler(FusedScheduler):
         """A float32 table of coefficients on a device, made once per schedule."""
         tables: dict[Any, Any] = self._tables
         if (key, device) not in tables:
-            tables[key, device] = torch.tensor(make(), dtype=torch.float64).to(torch.float32).to(device)
+            tables[key, device] = upload(torch.tensor(make(), dtype=torch.float64).to(torch.float32), device)
         return tables[key, device]
 
 

@@ -291,3 +291,7 @@ def test_adaptive_noise_is_drawn_anew_and_refusals_name_the_reason() -> None:
         draw("dpm_adaptive", 2, schedule="flow")
     with pytest.raises(ValueError, match="order must be 2 or 3"):
         draw("dpm_adaptive", 2, order=4)
+    with pytest.raises(ValueError, match="chooses its times"):
+        draw("dpm_adaptive", 2, times=[999, 0])
+    with pytest.raises(ValueError, match="neither a guider nor a callback"):
+        draw("dpm_adaptive", 2, callback=print)

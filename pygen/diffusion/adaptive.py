@@ -64,6 +64,8 @@ class Attempts:
         s_noise: float = 1.0,
         **options: Any,
     ) -> None:
+        if "times" in options:
+            raise ValueError(f"solver {ADAPTIVE!r} chooses its times, and takes none")
         self.schedule, self.rtol, self.atol = schedule, rtol, atol
         self.options = options
         self.of_pair: dict[str, Any] = {"order": order, "eta": eta, "s_noise": s_noise}

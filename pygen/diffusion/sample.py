@@ -209,8 +209,8 @@ def sample(
             raise ValueError("guidance needs uncond, the model's arguments without the condition")
     if guider is not None and uncond is None:
         raise ValueError("guider needs uncond, the model's arguments without the condition")
-    if guider is not None and adaptive is not None:
-        raise ValueError(f"give guider or solver {ADAPTIVE!r}, not both")
+    if adaptive is not None and (guider is not None or callback is not None):
+        raise ValueError(f"solver {ADAPTIVE!r} takes neither a guider nor a callback: its steps may be tried again")
     if seed is not None and generator is not None:
         raise ValueError("give seed or generator, not both")
     if len(shape) == 0 or min(shape) < 1:

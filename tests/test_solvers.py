@@ -417,20 +417,22 @@ def test_plan_is_the_papers_loop(solver: str, options: dict[str, Any], setting: 
 # Here the factors of the values before are up to 10 and of both signs; what is lost is their rounding to float32.
 LOSES_DIGITS = pytest.mark.xfail(reason="the kernel rounds the factors of its history to float32", strict=False)
 LARGE_FACTORS = {
-    ("dpmpp_3m_sde", "cosine-sample-leading-0-None"),
-    ("dpmpp_2m_sde", "karras-epsilon-linspace-1.5-None"),
-    ("lms", "flow-v_prediction-times-1-None"),
-    ("dpm_multistep", "cosine-sample-leading-0-None"),
+    "dpmpp_3m_sde--cosine-sample-leading-0-None",
+    "dpmpp_2m_sde-0.6-0.9-karras-epsilon-linspace-1.5-None",
+    "lms-2-flow-v_prediction-times-1-None",
+    *[
+        f"dpm_multistep-3-{algorithm_type}-{solver_type}-False-cosine-sample-leading-0-None"
+        for algorithm_type in ("dpmsolver++", "sde-dpmsolver++")
+        for solver_type in ("midpoint", "heun")
+    ],
 }
 
 
 def cases_of_the_kernel() -> list[Any]:
-    marked = []
-    for case in cases([*SETTINGS, STEEP]):
-        solver, _, setting = case.values
-        marks = [LOSES_DIGITS] if (solver, str(setting)) in LARGE_FACTORS else []
-        marked.append(pytest.param(*case.values, id=case.id, marks=marks))
-    return marked
+    return [
+        pytest.param(*case.values, id=case.id, marks=[LOSES_DIGITS] if case.id in LARGE_FACTORS else [])
+        for case in cases([*SETTINGS, STEEP])
+    ]
 
 
 @pytest.mark.parametrize(("solver", "options", "setting"), cases_of_the_kernel())

@@ -6,14 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+
+import pygen.diffusers  # noqa: F401  (as whoever swaps schedulers does)
+from tests.test_pipelines import embeddings, stable_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_examples_run(monkeypatch: Any) -> None:
     monkeypatch.chdir(ROOT)
-    first, loop, images, server = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    first, loop, images, server, pipeline = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     names: dict[str, Any] = {}
     exec(first, names)
     assert names["digits"].shape == (100, 1, 8, 8)
@@ -29,3 +35,9 @@ def test_examples_run(monkeypatch: Any) -> None:
         assert torch.equal(names[name][..., :4], names["few"][..., :4])
     exec(server, names)
     assert not names["batch"].requests
+    pipe = stable_diffusion(diffusers.DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    names |= {"pipe": pipe, "text": embeddings(1, 7, 16), "empty": embeddings(1, 7, 16)}
+    exec(pipeline, names)
+    assert names["report"].replaced == ["scheduler: DDIMScheduler"]
+    assert names["image"].size == (32, 32)

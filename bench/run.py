@@ -34,7 +34,7 @@ NOTES = """\
 Microseconds, the median of calls that took turns, ± half the distance of the quartiles. Data in: the smallest cache
 that holds what is moved. Reference: the truth, in float64. Eager: in the suite ops the reference in the op's dtype,
 which can do any row; in the suite steps the formula written out. torch.compile: of eager, blank where that has a graph
-break; beside a drop-in, of what its row computes in the middle of a run, noise given (scheduler.step itself is not
+break; beside a drop-in, of what its row draws and computes in the middle of a run (scheduler.step itself is not
 compiled: its state breaks the graph). Drop-ins: scheduler.step alone, in the order of a run. Floor: a copy of as many
 bytes at the same working set, or the flops at the rate of a matrix product, if that takes longer."""
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import pygen
-from bench import gpu, run
+from bench import drop_ins, gpu, run
 from bench.cases import Case, Work
-from bench.measure import LEAST_ROUNDS, interleaved
+from bench.measure import LEAST_ROUNDS, Spread, interleaved
+from bench.steps import LARGE, SMALL, STEPS
 from pygen.cli import main
 from pygen.ops import SPECS
 
@@ -81,6 +82,58 @@ def test_steps_beat_their_peers(cases):
     if find_spec("diffusers"):
         unipc = cases["unipc step (2, 4, 64, 64)"]
         assert 5 * best(unipc, ours=True) <= best(unipc, ours=False)
+
+
+def test_every_drop_in_is_timed():
+    pytest.importorskip("diffusers")
+    names = [case.name for case in drop_ins.cases(quick=False)]
+    for name in drop_ins.schedulers():
+        own = drop_ins.drive_of(name).shape
+        assert all(f"{name} {shape}" in names for shape in ([own] if own else [SMALL, LARGE]))
+    import pygen.diffusers
+
+    assert {*pygen.diffusers.__all__} == {*drop_ins.schedulers(), "PhiloxGenerator"}
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.filterwarnings("ignore")  # numpy's and torchsde's, by the thousand
+@pytest.mark.parametrize("name", drop_ins.schedulers())
+def test_drop_ins_are_driven_as_pipelines_do(name):
+    """By small samples: what they give back is diffusers', and a run begins again where it ends."""
+    own = drop_ins.drive_of(name).shape
+    shape = (own[0], min(own[1], 64), own[2]) if own else (2, 4, 8, 8)
+    with torch.no_grad():
+        work = drop_ins.work(name, shape)
+        assert work.red() is None
+        assert work.bytes_moved > 0
+        for column in work.calls.keys() - {"torch.compile"}:
+            firsts = [drop_ins.tuple_of(work.calls[column]())[0] for _ in range(2 * STEPS)]
+            assert all(first.isfinite().all() for first in firsts), column
+
+
+@pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
+@pytest.mark.parametrize("name", drop_ins.REPRESENTATIVE)
+def test_the_formula_that_is_compiled_is_the_rows(name):
+    kind, drive = drop_ins.schedulers()[name], drop_ins.drive_of(name)
+    with torch.no_grad():
+        x, outputs = drive.draw(drop_ins.prepared(kind, drive, torch.Generator()), (2, 4, 8, 8), 3)
+        call = drop_ins.Run(kind, drive, ours=True).watched(x, outputs).timed
+        made = [call[result] for result in ("out", "pred", "second") if call[result] is not None]
+        torch.testing.assert_close(drop_ins.row_formula(*drop_ins.row_terms(call)), made)
+
+
+def test_the_verdict_names_what_misses_a_goal():
+    def result(name: str, shape: tuple[int, ...], micros: float) -> run.Result:
+        spread = Spread(*[micros / 1e6] * 3)
+        facts = ("warm", "float32", 64, 0, None, 0.0, 50e-6)
+        return run.Result("steps", drop_ins.LATENTS, f"{name} {shape}", *facts, {"pygen": spread})
+
+    quick, slow = (result(name, SMALL, micros) for name, micros in (("A", 24.0), ("B", 26.0)))
+    assert [*drop_ins.verdicts([quick])] == ["drop-ins (2, 4, 64, 64) within 25 us: 1 of 1"]
+    large = [result("A", LARGE, 64.0), result("B", LARGE, 66.0)]
+    small, large = drop_ins.verdicts([quick, slow, *large])
+    assert small == "drop-ins (2, 4, 64, 64) within 25 us: 1 of 2, but for B"
+    assert large == "drop-ins (8, 4, 128, 128) within 1.3 floors: 1 of 2, but for B"
 
 
 def case_of(results: Any, calls: dict[str, Any]) -> Case:

@@ -36,7 +36,8 @@ def backend(name: str) -> Iterator[None]:
 
 def use_reference(op: str, backends: tuple[str, ...], device: torch.device) -> bool:
     """Whether the reference was asked for; raises where the backend asked for cannot run this op here."""
-    name = device.type if _forced is None else _forced
+    here = device.type  # asked once: it costs as much as the rest
+    name = here if _forced is None else _forced
     if name == "cuda" and _forced is None and "cuda" not in backends and "triton" in backends:
         name = "triton"
     if name == "reference":
@@ -46,7 +47,7 @@ def use_reference(op: str, backends: tuple[str, ...], device: torch.device) -> b
             f"{op} has no backend {name!r}; it has {', '.join(backends)}. Ask for the reference by name: "
             'with pygen.backend("reference")'
         )
-    if name != device.type and name != "triton":  # of which use_triton knows
+    if name != here and name != "triton":  # of which use_triton knows
         raise RuntimeError(f"{op} was asked to run by backend {name!r} on tensors that lie on {device}")
     if name == "cuda" and not _C.CUDA_BUILT:
         raise RuntimeError(

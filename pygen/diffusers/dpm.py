@@ -11,7 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, HostTensor, Key, Level, OfIndex, promoted, variance_preserving
+from pygen.diffusers.base import Columns, HostTensor, Key, Level, OfIndex, promoted, returned, variance_preserving
 from pygen.diffusers.karras import preconditioning
 from pygen.diffusers.noise import Generators, PhiloxGenerator, draw_noise
 from pygen.diffusion.rows import Factors, columns, conversion
@@ -168,9 +168,7 @@ class _Multistep(_Exponential):
         if self.lower_order_nums < self.config.solver_order:
             self.lower_order_nums += 1
         self._step_index = index + 1
-        if not return_dict:
-            return (prev_sample,)
-        return SchedulerOutput(prev_sample=prev_sample)
+        return returned(SchedulerOutput, prev_sample, return_dict)
 
 
 class _DPMSolver(_Multistep):
@@ -395,9 +393,7 @@ class DPMSolverSinglestepScheduler(_Exponential, diffusers.DPMSolverSinglestepSc
             history.append(self.sample)
         prev_sample, _ = self._solve((index, order), sample, model_output, history, noise=noise)
         self._step_index = index + 1
-        if not return_dict:
-            return (prev_sample,)
-        return SchedulerOutput(prev_sample=prev_sample)
+        return returned(SchedulerOutput, prev_sample, return_dict)
 
 
 class UniPCMultistepScheduler(_Exponential, diffusers.UniPCMultistepScheduler):
@@ -461,9 +457,7 @@ class UniPCMultistepScheduler(_Exponential, diffusers.UniPCMultistepScheduler):
         if self.lower_order_nums < self.config.solver_order:
             self.lower_order_nums += 1
         self._step_index = index + 1
-        if not return_dict:
-            return (prev_sample,)
-        return SchedulerOutput(prev_sample=prev_sample)
+        return returned(SchedulerOutput, prev_sample, return_dict)
 
 
 class SASolverScheduler(_Exponential, diffusers.SASolverScheduler):
@@ -552,6 +546,4 @@ class SASolverScheduler(_Exponential, diffusers.SASolverScheduler):
         if self.lower_order_nums < len(self.model_outputs):
             self.lower_order_nums += 1
         self._step_index = index + 1
-        if not return_dict:
-            return (prev_sample,)
-        return SchedulerOutput(prev_sample=prev_sample)
+        return returned(SchedulerOutput, prev_sample, return_dict)

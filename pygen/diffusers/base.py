@@ -172,10 +172,10 @@ class FusedScheduler:
         try:
             with np.errstate(divide="ignore", invalid="ignore"):
                 row = self._row(*key)
+                if "pred_x" in row and "low" not in row:
+                    row = written_out(row)
         except ZeroDivisionError:
             return None
-        if "pred_x" in row and "low" not in row:
-            row = written_out(row)
         return row if all(math.isfinite(row[name]) for name in row.keys() - {"low", "high"}) else None
 
     def _find(self, key: Key, device: torch.device) -> tuple[Tensor, Tensor]:

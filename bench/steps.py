@@ -14,7 +14,7 @@ import pygen
 from bench import ops
 from bench.cases import Case, Work
 from bench.measure import Call
-from pygen.diffusion import SOLVERS, Stepper
+from pygen.diffusion import Stepper
 from pygen.ops import SPECS, Example
 from pygen.ops.affine_step import make_table
 from tests.diffusers_float64 import in_float64
@@ -26,13 +26,21 @@ ROW = {"guidance": 7.5, "pred_x": 1.1, "pred_out": -0.45, "x0": 0.5, "pred0": 0.
 ZERO = torch.tensor(0)
 STEPS, TIMED = 20, 9  # of so many steps, the one that is timed: all history is there
 SPEC = SPECS["affine_step"]
+# Solvers of the plain API with the diffusers class that walks the same; the drop-ins' table has all classes.
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
 
 
 def cases(quick: bool) -> list[Case]:
     float32, bfloat16 = torch.float32, torch.bfloat16
     guided = [(SMALL, float32), (LARGE, float32), (SMALL, bfloat16)]
     in_place = [((16, 1 << 20), float32), ((32, 1 << 20), bfloat16)]
-    solvers = [(solver, shape) for shape in (SMALL, LARGE) for solver in SOLVERS]
+    solvers = [(solver, shape) for shape in (SMALL, LARGE) for solver in PEERS]
     if quick:
         guided, in_place, solvers = [(SMALL, float32)], [], [("dpmpp_2m", SMALL), ("unipc", SMALL)]
     return [
@@ -135,16 +143,9 @@ def in_dtype(kind: type, dtype: torch.dtype) -> AbstractContextManager[None]:
 def scheduler_of(solver: str) -> tuple[type, dict[str, Any]]:
     import diffusers
 
-    classes: dict[str, tuple[type, dict[str, Any]]] = {
-        "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
-        "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
-        "euler": (diffusers.EulerDiscreteScheduler, {}),
-        "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
-        "unipc": (diffusers.UniPCMultistepScheduler, {}),
-    }
-    kind, options = classes[solver]
+    name, options = PEERS[solver]
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
-    return kind, betas | options
+    return getattr(diffusers, name), betas | options
 
 
 def diffusers_walk(

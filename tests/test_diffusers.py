@@ -450,3 +450,27 @@ def test_copies_step_as_the_scheduler_does(name: str) -> None:
         assert_equal_runs(trajectory(copied, Feed(c, torch.float32)), expected, str(c))
     copied = copy.deepcopy(scheduler)
     assert_equal_runs(continued(copied, c), continued(scheduler, c), f"{c}, after a run")
+
+
+X = torch.zeros(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "call", "error", "message"),
+    [
+        ("DDIM", {}, lambda s: s.step(X, 5000, X), IndexError, "timestep must be less than num_train_timesteps=1000"),
+        ("DDIM", {"prediction_type": "flow"}, lambda s: s.step(X, 0, X), ValueError, "prediction_type must be epsilon"),
+        ("DDIM", {}, lambda s: s.step(X, 0, X, eta=2.0), ValueError, "eta must lie in"),
+        ("DDIM", {}, lambda s: s.step(X[:, :2], 0, X), ValueError, "model_output of shape"),
+        ("DDIM", {}, lambda s: s.step(X.double(), 0, X.double()), TypeError, "must be float32, bfloat16 or float16"),
+        ("DDIM", {}, lambda s: s.add_noise(X, X, torch.arange(3)), ValueError, "timesteps must be one, or one per"),
+        ("DDPM", {"variance_type": "learned"}, lambda s: s.step(X, 750, X), ValueError, "model_output must have 6"),
+        ("EulerDiscrete", {}, lambda s: s.step(X, 3, X), ValueError, "timestep must be one of scheduler.timesteps"),
+        ("UniPCMultistep", {}, lambda s: [s.step(X, 999, X) for _ in range(5)], ValueError, "past the last of sigmas"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_named(name: str, config: dict, call: Callable, error: type, message: str) -> None:
+    scheduler = ours_of(f"{name}Scheduler")(**config)
+    scheduler.set_timesteps(4)
+    with pytest.raises(error, match=message):
+        call(scheduler)

@@ -238,6 +238,8 @@ class FusedScheduler:
 
     def _noised(self, x: Tensor, noise: Tensor, levels: Sequence[Level]) -> Tensor:
         """alpha x + sigma noise, each sample at its own of ``levels`` (alpha, sigma), or all at the one given."""
+        if len(levels) not in (1, len(x)):
+            raise ValueError(f"timesteps must be one, or one per sample ({len(x)}), got {len(levels)}")
         alpha, sigma = upload(torch.tensor(levels, dtype=torch.float64), x.device).unbind(1)
         return self._mixed(x, noise, alpha, sigma)
 
@@ -256,7 +258,10 @@ class OfTimestep(FusedScheduler):
 
     def _level(self, timestep: int) -> Level:
         """(alpha, sigma) at a training timestep."""
-        return variance_preserving(self._host("alphas_cumprod")[timestep])
+        squared = self._host("alphas_cumprod")
+        if not -len(squared) <= timestep < len(squared):
+            raise IndexError(f"timestep must be less than num_train_timesteps={len(squared)}, got {timestep}")
+        return variance_preserving(squared[timestep])
 
     def _level_before(self, timestep: int) -> Level:
         """(alpha, sigma) where a step leads: before the first training timestep, to the scheduler's end."""
@@ -273,7 +278,10 @@ class OfTimestep(FusedScheduler):
         alpha, sigma = level
         if alpha == 0.0 and self._clip():
             alpha = 1e-30  # epsilon tells x_0 no more than a sign, of which the clamp makes the whole range
-        return conversion(self.config.get("prediction_type", "epsilon"), alpha, sigma)
+        prediction = self.config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {prediction!r}")
+        return conversion(prediction, alpha, sigma)
 
     def _clip(self) -> Columns:
         """The clamp of the predicted x_0: to [-1, 1] times the threshold, where one is made on the device."""

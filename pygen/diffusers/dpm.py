@@ -411,7 +411,7 @@ class UniPCMultistepScheduler(_Exponential, diffusers.UniPCMultistepScheduler):
     def _orders(self, index: int, lower_order_nums: int) -> int:
         left = len(self._host("timesteps")) - index
         order = min(self.config.solver_order, lower_order_nums + 1)
-        if self._host("sigmas")[index + 1] == 0.0:
+        if self._interval(index)[1] == 0.0:
             return 1  # where diffusers makes NaN of a higher one
         return min(order, left) if self.config.lower_order_final else order
 

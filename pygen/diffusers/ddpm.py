@@ -375,7 +375,7 @@ class RePaintScheduler(_DDIM, diffusers.RePaintScheduler):
     A timestep is visited several times, so a row's key, and the number of its noise, is the visit.
     """
 
-    _visit: int
+    _visit: int = 0
 
     def set_timesteps(
         self, num_inference_steps: int, jump_length: int = 10, jump_n_sample: int = 10, device: Any = None

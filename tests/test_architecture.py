@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pygen import _C
+
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles"
 # Each room may import those before it, and itself.
@@ -64,7 +66,7 @@ def test_kernels_know_no_torch_and_headers_no_sources() -> None:
                 assert include.startswith("pygen/") or "/" not in include, f"{file} includes {include}"
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", _C.compiled_isas())
 def test_objects_export_only_their_own_strong_symbols(isa: str) -> None:
     """A weak symbol could be chosen by the linker for another instruction set; static data could be shared."""
     objects = sorted((OBJECTS / f"pygen_cpu_{isa}.dir").rglob("*.o"))

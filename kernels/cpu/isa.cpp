@@ -9,6 +9,8 @@
 namespace pygen {
 namespace {
 
+constexpr Isa kIsas[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};  // each includes the ones before
+
 bool supported(Isa isa) {
   __builtin_cpu_init();
   switch (isa) {
@@ -20,19 +22,22 @@ bool supported(Isa isa) {
       return supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512cd");
+    case Isa::kAvx512Bf16:
+      return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   }
   return false;
 }
 
 Isa parse(const char* name) {
-  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa isa : kIsas) {
     if (std::strcmp(name, kIsaNames[static_cast<int>(isa)]) != 0) continue;
     if (!supported(isa)) {
       throw std::runtime_error("the instruction set '" + std::string(name) + "' is not supported by this processor");
     }
     return isa;
   }
-  throw std::runtime_error("the instruction set must be baseline, avx2 or avx512, got '" + std::string(name) + "'");
+  throw std::runtime_error("the instruction set must be baseline, avx2, avx512 or avx512_bf16, got '" +
+                           std::string(name) + "'");
 }
 
 Isa initial() {
@@ -53,8 +58,9 @@ std::atomic<Isa>& current() {
 }  // namespace
 
 Isa best_isa() {
-  if (supported(Isa::kAvx512)) return Isa::kAvx512;
-  return supported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kBaseline;
+  Isa best = Isa::kBaseline;
+  for (Isa isa : kIsas) best = supported(isa) ? isa : best;
+  return best;
 }
 
 Isa isa() { return current().load(std::memory_order_relaxed); }

@@ -5,9 +5,10 @@
 
 namespace pygen {
 
-enum class Isa : int32_t { kBaseline, kAvx2, kAvx512 };
+// kAvx512Bf16 is AVX-512 with the dot products of bfloat16 (BF16) and of bytes (VNNI).
+enum class Isa : int32_t { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
-inline constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
+inline constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 // The best set this processor and operating system support.
 Isa best_isa();
@@ -19,21 +20,24 @@ Isa isa();
 // Changes the set in use; throws as `isa` does.
 void set_isa(const char* name);
 
-// Every CPU kernel is one function per instruction set; PYGEN_CPU_KERNEL declares the three and the one that
+// Every CPU kernel is one function per instruction set; PYGEN_CPU_KERNEL declares them and the one that
 // chooses between them.
-#define PYGEN_CPU_KERNEL(name, Args)                                                               \
-  namespace baseline {                                                                             \
-  void name(const Args& args, int64_t begin, int64_t end);                                         \
-  }                                                                                                \
-  namespace avx2 {                                                                                 \
-  void name(const Args& args, int64_t begin, int64_t end);                                         \
-  }                                                                                                \
-  namespace avx512 {                                                                               \
-  void name(const Args& args, int64_t begin, int64_t end);                                         \
-  }                                                                                                \
-  inline void name(const Args& args, int64_t begin, int64_t end) {                                 \
-    constexpr decltype(&baseline::name) kernels[] = {&baseline::name, &avx2::name, &avx512::name}; \
-    kernels[static_cast<int>(isa())](args, begin, end);                                            \
+#define PYGEN_CPU_KERNEL(name, Args)                                                                                   \
+  namespace baseline {                                                                                                 \
+  void name(const Args& args, int64_t begin, int64_t end);                                                             \
+  }                                                                                                                    \
+  namespace avx2 {                                                                                                     \
+  void name(const Args& args, int64_t begin, int64_t end);                                                             \
+  }                                                                                                                    \
+  namespace avx512 {                                                                                                   \
+  void name(const Args& args, int64_t begin, int64_t end);                                                             \
+  }                                                                                                                    \
+  namespace avx512_bf16 {                                                                                              \
+  void name(const Args& args, int64_t begin, int64_t end);                                                             \
+  }                                                                                                                    \
+  inline void name(const Args& args, int64_t begin, int64_t end) {                                                     \
+    constexpr decltype(&baseline::name) kernels[] = {&baseline::name, &avx2::name, &avx512::name, &avx512_bf16::name}; \
+    kernels[static_cast<int>(isa())](args, begin, end);                                                                \
   }
 
 }  // namespace pygen

@@ -13,6 +13,13 @@ struct Chunks {
   ChunkView term[kMaxTerms], output[3];
   DType term_dtype[kMaxTerms], output_dtype[3];
 
+  // Moves on by one along a dimension.
+  void follow(const AffineStepArgs& args, int n_terms, int dim) {
+    for (int t = 0; t < n_terms; ++t) term[t].move(args.term[t].stride[dim]);
+    const Operand* const outputs[] = {&args.next, &args.pred, &args.second};
+    for (int o = 0; o < 3; ++o) output[o].move(outputs[o]->stride[dim]);
+  }
+
   // kDType is that of every operand, or kMixed.
   static constexpr DType kMixed = DType::kBool;
   template <DType kDType, int kResults>
@@ -53,14 +60,15 @@ void affine_step(const AffineStepArgs& args, int64_t begin, int64_t end) {
   const int n_terms = kTermHistory + args.n_history;
   const bool by_philox = args.seed != nullptr;
   const Operand* const outputs[3] = {&args.next, &args.pred, &args.second};
-  int64_t sample_size = 1;
-  for (int d = 1; d < args.ndim; ++d) sample_size *= args.size[d];
+  int64_t token_size = 1;
+  for (int d = 2; d < args.ndim; ++d) token_size *= args.size[d];
 
   char buffers[kMaxTerms + 3][kChunk * sizeof(float)];
   float noise[kChunk + 2 * kBlockElements];
-  Chunks chunks;
+  Chunks chunks{};
   bool uniform = !by_philox || args.next.dtype == DType::kFloat32;
-  bool in_place = !by_philox;  // nothing goes through a buffer, but for the last partial strip of a run
+  // Runs of whole strips of which nothing goes through a buffer are taken one by one, others several to a chunk.
+  bool in_place = !by_philox && (args.size[inner] % kStrip == 0 || args.size[inner] >= kChunk);
   for (int t = 0; t < n_terms; ++t) {
     chunks.term_dtype[t] = args.term[t].dtype;
     if (args.term[t].data == nullptr) continue;
@@ -77,7 +85,6 @@ void affine_step(const AffineStepArgs& args, int64_t begin, int64_t end) {
     chunks.term_dtype[kTermNoise] = DType::kFloat32;
     chunks.term[kTermNoise].size = sizeof(float);
   }
-  const int64_t longest = in_place ? end - begin : kChunk;
   const Run run = affine_reads_second(args) ? choose<2>(args.next.dtype, uniform) : choose<1>(args.next.dtype, uniform);
 
   AffineRow row;
@@ -91,30 +98,37 @@ void affine_step(const AffineStepArgs& args, int64_t begin, int64_t end) {
     row_index = index;
     row_sample = sample;
 
-    int64_t count = std::min({args.size[inner] - at.index[inner], end - at.position, longest});
+    const int64_t token = sample * args.size[1] + at.index[1];
+    const int64_t longest = in_place ? at.run() : kChunk;
+    int64_t count = std::min({(token + 1) * token_size - at.position, end - at.position, longest});
     if (count > kStrip) count -= count % kStrip;
-    const bool whole = count % kStrip == 0;
     for (int t = 0; t < n_terms; ++t) {
       if (args.term[t].data == nullptr) continue;
-      chunks.term[t].open(args.term[t], at.offset(args.term[t], args.ndim), inner, whole, buffers[t]);
-      chunks.term[t].gather(count);
+      chunks.term[t].open(args.term[t], at, count, buffers[t]);
+      chunks.term[t].gather(at, count);
     }
     if (by_philox && row.draws) {
       const auto id = args.sample_ids ? args.sample_ids[sample * args.sample_ids_stride] : sample;
       const PhiloxKey key{static_cast<uint64_t>(args.seed[sample * args.seed_stride]), kDrawAffineStep, row.step,
                           static_cast<uint32_t>(id)};
-      const float* z = normals(at.position - sample * sample_size, count, key, noise);
+      const float* z = normals(at.position - sample * args.size[1] * token_size, count, key, noise);
       chunks.term[kTermNoise].data = const_cast<char*>(reinterpret_cast<const char*>(z));
     }
     for (int o = 0; o < 3; ++o) {
       if (outputs[o]->data == nullptr) continue;
-      chunks.output[o].open(*outputs[o], at.offset(*outputs[o], args.ndim), inner, whole, buffers[kMaxTerms + o]);
+      chunks.output[o].open(*outputs[o], at, count, buffers[kMaxTerms + o]);
     }
-    (chunks.*run)(args, row, count);
+    // Short runs that lie in place follow one another at equal distances.
+    const bool follow = in_place && inner > 2 && count == args.size[inner];
+    const int64_t runs = follow ? std::min(args.size[inner - 1] - at.index[inner - 1], (end - at.position) / count) : 1;
+    for (int64_t i = 0; i < runs; ++i) {
+      if (i > 0) chunks.follow(args, n_terms, inner - 1);
+      (chunks.*run)(args, row, count);
+    }
     for (int o = 0; o < 3; ++o) {
-      if (outputs[o]->data != nullptr) chunks.output[o].scatter(count);
+      if (outputs[o]->data != nullptr) chunks.output[o].scatter(at, count);
     }
-    at.advance(args.size, args.ndim, count);
+    at.advance(runs * count);
   }
 }
 

@@ -10,49 +10,6 @@ namespace {
 
 static_assert(kChunk == kLossLanes);
 
-// Calls visit(offset, done, count) for every run of the innermost dimension in the `count` elements from `at` on.
-template <class Visit>
-PYGEN_INLINE void each_run(const DiffusionLossArgs& args, const Operand& operand, Cursor at, int64_t count,
-                           Visit visit) {
-  const int inner = args.ndim - 1;
-  for (int64_t done = 0; done < count;) {
-    const int64_t run = std::min(args.size[inner] - at.index[inner], count - done);
-    visit(at.offset(operand, args.ndim), done, run);
-    at.advance(args.size, args.ndim, run);
-    done += run;
-  }
-}
-
-// A chunk of one operand: where its elements lie together, in place or in `buffer`.
-struct Chunk {
-  const Operand* operand;
-  char *place, *data;
-  int64_t size;
-
-  void open(const DiffusionLossArgs& args, const Operand& of, const Cursor& at, int64_t count, char* buffer) {
-    const int inner = args.ndim - 1;
-    operand = &of;
-    size = size_of(of.dtype);
-    place = static_cast<char*>(of.data) + at.offset(of, args.ndim) * size;
-    const bool together = of.stride[inner] == 1 && args.size[inner] - at.index[inner] >= count;
-    data = together && count % kStrip == 0 ? place : buffer;
-  }
-  void gather(const DiffusionLossArgs& args, const Cursor& at, int64_t count) const {
-    if (data == place) return;
-    each_run(args, *operand, at, count, [&](int64_t offset, int64_t done, int64_t run) {
-      copy_elements(data + done * size, 1, static_cast<char*>(operand->data) + offset * size,
-                    operand->stride[args.ndim - 1], run, size);
-    });
-  }
-  void scatter(const DiffusionLossArgs& args, const Cursor& at, int64_t count) const {
-    if (data == place) return;
-    each_run(args, *operand, at, count, [&](int64_t offset, int64_t done, int64_t run) {
-      copy_elements(static_cast<char*>(operand->data) + offset * size, operand->stride[args.ndim - 1],
-                    data + done * size, 1, run, size);
-    });
-  }
-};
-
 PYGEN_INLINE Strip first_of(const Strip& strip, int64_t count) {
   float values[kStrip];
   std::memcpy(values, &strip, sizeof values);
@@ -93,13 +50,13 @@ void diffusion_loss(const DiffusionLossArgs& args, int64_t begin, int64_t end) {
     for (int64_t element = first; element < last; element += kChunk) {
       const int64_t count = std::min(last - element, kChunk);
       const Cursor at(args.size, args.ndim, place * args.place_elements + element);
-      Chunk terms[kLossTerms], gradients[kLossGradients];
+      ChunkView terms[kLossTerms], gradients[kLossGradients];
       DType dtype[kLossTerms];
       for (int t = 0; t < kLossTerms; ++t) {
         dtype[t] = args.term[t].dtype;
         if (args.term[t].data == nullptr) continue;
-        terms[t].open(args, args.term[t], at, count, buffers[t]);
-        terms[t].gather(args, at, count);
+        terms[t].open(args.term[t], at, count, buffers[t]);
+        terms[t].gather(at, count);
       }
       if (by_philox && row.noise != 0.0f) {
         const auto id = args.sample_ids ? args.sample_ids[sample * args.sample_ids_stride] : sample;
@@ -112,7 +69,7 @@ void diffusion_loss(const DiffusionLossArgs& args, int64_t begin, int64_t end) {
       }
       for (int g = 0; g < kLossGradients; ++g) {
         if (args.gradient[g].data == nullptr) continue;
-        gradients[g].open(args, args.gradient[g], at, count, buffers[kLossTerms + g]);
+        gradients[g].open(args.gradient[g], at, count, buffers[kLossTerms + g]);
       }
       for (int64_t i = 0; i < count; i += kStrip) {
         const auto load = [&](int t) __attribute__((always_inline)) {
@@ -130,7 +87,7 @@ void diffusion_loss(const DiffusionLossArgs& args, int64_t begin, int64_t end) {
         }
       }
       for (int g = 0; g < kLossGradients; ++g) {
-        if (args.gradient[g].data != nullptr) gradients[g].scatter(args, at, count);
+        if (args.gradient[g].data != nullptr) gradients[g].scatter(at, count);
       }
     }
     if (args.partial != nullptr) args.partial[unit] = sum_of_lanes(lanes);

@@ -74,7 +74,6 @@ void settle(const DynamicThresholdArgs& args, int64_t sample) {
 void dynamic_threshold(const DynamicThresholdArgs& args, int64_t begin, int64_t end) {
   const AffineStepArgs& step = args.step;
   Selection& selection = *args.selection;
-  const int inner = step.ndim - 1;
   const int64_t sample = begin / args.sample_elements;
   const Digit digit(args.pass, selection.prefix);
   AffineRow row;
@@ -93,14 +92,14 @@ void dynamic_threshold(const DynamicThresholdArgs& args, int64_t begin, int64_t 
   DType dtype[kTermHistory];
   for (int t = 0; t < kTermHistory; ++t) dtype[t] = step.term[t].dtype;
   for (Cursor at(step.size, step.ndim, begin); at.position < end;) {
-    const int64_t count = std::min({step.size[inner] - at.index[inner], end - at.position, kChunk});
+    const int64_t count = std::min(end - at.position, kChunk);
     for (int t = 0; t < kTermHistory; ++t) {
       if (step.term[t].data == nullptr) continue;
-      term[t].open(step.term[t], at.offset(step.term[t], step.ndim), inner, count % kStrip == 0, buffers[t]);
-      term[t].gather(count);
+      term[t].open(step.term[t], at, count, buffers[t]);
+      term[t].gather(at, count);
     }
     count_neighbours(row, term, dtype, count, digit, counts);
-    at.advance(step.size, step.ndim, count);
+    at.advance(count);
   }
 
   if (!alone) {

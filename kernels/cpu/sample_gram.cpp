@@ -13,27 +13,17 @@ typedef double F64 __attribute__((vector_size(8 * kDoubles)));
 typedef float HalfF32 __attribute__((vector_size(4 * kDoubles)));
 
 // `count` elements from a position on, in place where they lie so, and zeros up to a whole number of lanes.
-const float* floats(const SampleGramArgs& args, const Operand& operand, Cursor at, int64_t count, float* buffer) {
-  const int inner = args.ndim - 1;
-  const int64_t stride = operand.stride[inner], size = size_of(operand.dtype);
-  const auto place = [&] { return static_cast<const char*>(operand.data) + at.offset(operand, args.ndim) * size; };
-  if (operand.dtype == DType::kFloat32 && stride == 1 && count % kGramLanes == 0 &&
-      at.index[inner] + count <= args.size[inner]) {
-    return reinterpret_cast<const float*>(place());
+const float* floats(const Operand& operand, const Cursor& at, int64_t count, float* buffer) {
+  char packed[kChunk * sizeof(float)];
+  ChunkView chunk;
+  chunk.open(operand, at, count, packed);
+  chunk.gather(at, count);
+  if (operand.dtype == DType::kFloat32 && chunk.data == chunk.place && count % kGramLanes == 0) {
+    return reinterpret_cast<const float*>(chunk.data);
   }
-  for (int64_t done = 0, here; done < count; done += here) {
-    here = std::min(args.size[inner] - at.index[inner], count - done);
-    if (operand.dtype == DType::kFloat32) {
-      copy_elements(reinterpret_cast<char*>(buffer + done), 1, place(), stride, here, size);
-    } else {
-      char halves[kChunk * sizeof(uint16_t)];
-      copy_elements(halves, 1, place(), stride, here, size);
-      for (int64_t i = 0; i < here; i += kStrip) {
-        store_strip<DType::kFloat32>(reinterpret_cast<char*>(buffer + done + i),
-                                     load_strip(halves + i * size, operand.dtype));
-      }
-    }
-    at.advance(args.size, args.ndim, here);
+  for (int64_t i = 0; i < count; i += kStrip) {
+    const Strip strip = load_strip(chunk.data + i * chunk.size, operand.dtype);
+    store_strip<DType::kFloat32>(reinterpret_cast<char*>(buffer + i), strip);
   }
   for (int64_t i = count; i % kGramLanes != 0; ++i) buffer[i] = 0.0f;
   return buffer;
@@ -87,7 +77,7 @@ void blocks(const SampleGramArgs& args, int64_t begin, int64_t end) {
       const int64_t count = std::min(last - element, kChunk);
       const Cursor at(args.size, args.ndim, first + element);
       const float* from[kVectors];
-      for (int a = 0; a < kVectors; ++a) from[a] = floats(args, args.vector[a], at, count, buffers[a]);
+      for (int a = 0; a < kVectors; ++a) from[a] = floats(args.vector[a], at, count, buffers[a]);
       for (int64_t run = 0; run < count; run += kGramRun) sums.add(from, run, std::min(run + kGramRun, count));
     }
     sums.store(args.partials + unit * Sums<kVectors>::kCount);

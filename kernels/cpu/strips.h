@@ -1,5 +1,6 @@
-// How an elementwise CPU kernel walks strided operands of mixed dtypes: runs of the innermost dimension are cut into
-// chunks that fit the first-level cache, chunks into strips of four vectors. Whatever is not contiguous, and the last
+// How an elementwise CPU kernel walks strided operands of mixed dtypes: the space is cut into chunks that fit the
+// first-level cache, of a long run of the innermost dimension or of several short ones, and those into strips of four
+// vectors. Whatever is not contiguous, and the last
 // partial strip, goes through a small buffer, so that a strip is always four whole vectors at a known place.
 #pragma once
 
@@ -74,51 +75,88 @@ PYGEN_INLINE void store_strip(char* to, DType dtype, const Strip& strip) {
   }
 }
 
-// One operand's chunk: where its elements lie contiguously, in place or in `buffer`.
-struct ChunkView {
-  char* place;
-  int64_t stride;
-  int64_t size;
-  char* data;
-
-  PYGEN_INLINE void open(const Operand& operand, int64_t offset, int inner, bool whole, char* buffer) {
-    stride = operand.stride[inner];
-    size = size_of(operand.dtype);
-    place = static_cast<char*>(operand.data) + offset * size;
-    data = stride == 1 && whole ? place : buffer;
-  }
-  PYGEN_INLINE void gather(int64_t count) const {
-    if (data != place) copy_elements(data, 1, place, stride, count, size);
-  }
-  PYGEN_INLINE void scatter(int64_t count) const {
-    if (data != place) copy_elements(place, stride, data, 1, count, size);
-  }
-};
-
 // A position in a row-major iteration space.
 struct Cursor {
+  const int64_t* size;
+  int ndim;
   int64_t index[kMaxDims];
   int64_t position;
 
-  Cursor(const int64_t* size, int ndim, int64_t at) : position(at) {
+  Cursor(const int64_t* size, int ndim, int64_t at) : size(size), ndim(ndim), position(at) {
     for (int d = ndim - 1; d >= 0; --d) {
       index[d] = at % size[d];
       at /= size[d];
     }
   }
-  // Moves on by `count`, which does not pass the end of the innermost dimension.
-  void advance(const int64_t* size, int ndim, int64_t count) {
+  void advance(int64_t count) {
     position += count;
     index[ndim - 1] += count;
-    for (int d = ndim - 1; d > 0 && index[d] == size[d]; --d) {
-      index[d] = 0;
-      ++index[d - 1];
+    for (int d = ndim - 1; d > 0 && index[d] >= size[d]; --d) {
+      const int64_t passed = index[d] == size[d] ? 1 : index[d] / size[d];
+      index[d] -= passed * size[d];
+      index[d - 1] += passed;
     }
   }
-  int64_t offset(const Operand& operand, int ndim) const {
+  // What is left of the innermost dimension.
+  int64_t run() const { return size[ndim - 1] - index[ndim - 1]; }
+  int64_t offset(const Operand& operand) const {
     int64_t offset = 0;
     for (int d = 0; d < ndim; ++d) offset += index[d] * operand.stride[d];
     return offset;
+  }
+  // Whether an operand's next `count` elements are neighbours.
+  bool together(const Operand& operand, int64_t count) const {
+    int d = ndim - 1;
+    if (operand.stride[d] != 1) return false;
+    for (int64_t left = run(), extent = size[d]; left < count; extent *= size[d]) {
+      if (--d < 0 || operand.stride[d] != extent) return false;
+      left += (size[d] - 1 - index[d]) * extent;
+    }
+    return true;
+  }
+};
+
+// One operand's chunk: where `count` elements from a cursor on lie together, in place or in `buffer`.
+struct ChunkView {
+  const Operand* operand;
+  int64_t size;
+  char *place, *data;
+
+  PYGEN_INLINE void open(const Operand& of, const Cursor& at, int64_t count, char* buffer) {
+    operand = &of;
+    size = size_of(of.dtype);
+    place = static_cast<char*>(of.data) + at.offset(of) * size;
+    data = count % kStrip == 0 && at.together(of, count) ? place : buffer;
+  }
+  // To where a chunk that lies in place goes on.
+  PYGEN_INLINE void move(int64_t elements) {
+    place += elements * size;
+    data += elements * size;
+  }
+  PYGEN_INLINE void gather(const Cursor& at, int64_t count) const {
+    if (data == place) return;
+    each_run(at, count, [&](char* run, int64_t stride, char* packed, int64_t n) {
+      copy_elements(packed, 1, run, stride, n, size);
+    });
+  }
+  PYGEN_INLINE void scatter(const Cursor& at, int64_t count) const {
+    if (data == place) return;
+    each_run(at, count, [&](char* run, int64_t stride, char* packed, int64_t n) {
+      copy_elements(run, stride, packed, 1, n, size);
+    });
+  }
+
+ private:
+  // Calls visit(run, stride, packed, n) for every run of the innermost dimension in the chunk.
+  template <class Visit>
+  PYGEN_INLINE void each_run(Cursor at, int64_t count, Visit visit) const {
+    char* packed = data;
+    for (const int64_t end = at.position + count; at.position < end;) {
+      const int64_t n = std::min(at.run(), end - at.position);
+      visit(static_cast<char*>(operand->data) + at.offset(*operand) * size, operand->stride[at.ndim - 1], packed, n);
+      packed += n * size;
+      at.advance(n);
+    }
   }
 };
 

@@ -9,6 +9,7 @@ uploaded together, when the first of them is asked for.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -62,9 +63,19 @@ def refuse_index(timestep: float | Tensor) -> None:
         raise ValueError(f"timestep must be one of scheduler.timesteps, not the index of a step, got {timestep!r}")
 
 
-def returned(output: type, prev_sample: Tensor, return_dict: bool) -> Any:
-    """What a step gives back that makes nothing but a sample."""
-    return output(prev_sample=prev_sample) if return_dict else (prev_sample,)
+def made(output: type[OrderedDict[str, Any]], **results: Any) -> Any:
+    """One of diffusers' outputs, with the items and attributes that its constructor gives it, slowly."""
+    one: Any = OrderedDict.__new__(output)
+    for name, value in results.items():
+        if value is not None:
+            OrderedDict.__setitem__(one, name, value)
+    one.__dict__.update(results)
+    return one
+
+
+def returned(output: type[OrderedDict[str, Any]], return_dict: bool, **results: Any) -> Any:
+    """What a step gives back."""
+    return made(output, **results) if return_dict else tuple(results.values())
 
 
 def variance_preserving(squared: float) -> Level:
@@ -223,7 +234,7 @@ class FusedScheduler:
             the next sample, and the prediction and the second result where a dtype is given for them; new tensors,
             which the caller may keep.
         """
-        out = torch.empty_like(x, dtype=dtype)
+        out = torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
         pred_out = None if pred is None else torch.empty_like(x, dtype=pred)
         second_out = None if second is None else torch.empty_like(x, dtype=second)
         if threshold:

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_scm import SCMSchedulerOutput
 from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, FusedScheduler, Key, OfTimestep, promoted
+from pygen.diffusers.base import Columns, FusedScheduler, Key, OfTimestep, promoted, returned
 from pygen.diffusers.noise import Generators, draw_noise
 from pygen.diffusion.rows import columns, conversion
 from pygen.diffusion.solvers.base import NOISE, PRED, Combination, Point, SolverStep, X
@@ -71,9 +71,7 @@ class LCMScheduler(_OfTimestepAndIndex, diffusers.LCMScheduler):
             dtype=dtype, second=dtype, noise=noise, threshold=self._thresholds,
         )  # fmt: skip
         self._step_index = index + 1
-        if not return_dict:
-            return prev_sample, denoised
-        return LCMSchedulerOutput(prev_sample=prev_sample, denoised=denoised)
+        return returned(LCMSchedulerOutput, return_dict, prev_sample=prev_sample, denoised=denoised)
 
 
 class TCDScheduler(_OfTimestepAndIndex, diffusers.TCDScheduler):
@@ -112,9 +110,7 @@ class TCDScheduler(_OfTimestepAndIndex, diffusers.TCDScheduler):
             (self._time(timestep), index, eta), sample, model_output, dtype=dtype, second=dtype, noise=noise
         )
         self._step_index = index + 1
-        if not return_dict:
-            return prev_sample, pred_noised_sample
-        return TCDSchedulerOutput(prev_sample=prev_sample, pred_noised_sample=pred_noised_sample)
+        return returned(TCDSchedulerOutput, return_dict, prev_sample=prev_sample, pred_noised_sample=pred_noised_sample)
 
 
 class SCMScheduler(FusedScheduler, diffusers.SCMScheduler):
@@ -153,6 +149,6 @@ class SCMScheduler(FusedScheduler, diffusers.SCMScheduler):
             noise=draw_noise(model_output.shape, generator, model_output.device, of_noise),
         )  # fmt: skip
         self._step_index = index + 1
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return SCMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            SCMSchedulerOutput, return_dict, prev_sample=prev_sample, pred_original_sample=pred_original_sample
+        )

@@ -20,9 +20,10 @@ from diffusers.schedulers.scheduling_ddpm_wuerstchen import DDPMWuerstchenSchedu
 from diffusers.schedulers.scheduling_dpm_cogvideox import DDIMSchedulerOutput as CogVideoXDPMSchedulerOutput
 from diffusers.schedulers.scheduling_repaint import RePaintSchedulerOutput
 from diffusers.schedulers.scheduling_unclip import UnCLIPSchedulerOutput
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, Level, OfTimestep, upload
+from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, Level, OfTimestep, made, returned, upload
 from pygen.diffusers.noise import Generators, draw_noise
 from pygen.diffusion.rows import columns, conversion
 from pygen.diffusion.solvers import Combination, Grid, SolverStep, ddim, euler
@@ -41,7 +42,7 @@ class _DDPM(OfTimestep):
 
     custom_timesteps: bool
     variance_type: str
-    _output: type
+    _output: type[BaseOutput]
 
     def _previous(self, timestep: int) -> int:
         if not (self.custom_timesteps or self.num_inference_steps):
@@ -109,9 +110,7 @@ class _DDPM(OfTimestep):
         prev_sample, pred_original_sample, _ = self._fused(
             key, sample, model_output, pred=sample.dtype, threshold=self._thresholds, **how
         )
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return self._output(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(self._output, return_dict, prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
 
 class DDPMScheduler(_DDPM, diffusers.DDPMScheduler):
@@ -151,7 +150,7 @@ class UnCLIPScheduler(_DDPM, diffusers.UnCLIPScheduler):
 class _DDIM(OfTimestep):
     """The step of Song et al. 2021, over num_train_timesteps // num_inference_steps training timesteps."""
 
-    _output: type
+    _output: type[BaseOutput]
 
     def _before(self, timestep: int) -> int:
         if self.num_inference_steps is None:
@@ -194,9 +193,7 @@ class _DDIM(OfTimestep):
             (self._time(timestep), eta, use_clipped_model_output), sample, model_output,
             pred=sample.dtype, noise=noise, threshold=self._thresholds,
         )  # fmt: skip
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return self._output(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(self._output, return_dict, prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
 
 class DDIMScheduler(_DDIM, diffusers.DDIMScheduler):
@@ -287,9 +284,9 @@ class DDIMInverseScheduler(_DDIM, diffusers.DDIMInverseScheduler):
         prev_sample, pred_original_sample, _ = self._fused(
             (self._time(timestep),), sample, model_output, pred=sample.dtype
         )
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return DDIMInverseSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            DDIMInverseSchedulerOutput, return_dict, prev_sample=prev_sample, pred_original_sample=pred_original_sample
+        )
 
 
 class CogVideoXDDIMScheduler(_DDIM, diffusers.CogVideoXDDIMScheduler):
@@ -317,9 +314,12 @@ class CogVideoXDDIMScheduler(_DDIM, diffusers.CogVideoXDDIMScheduler):
         prev_sample, pred_original_sample, _ = self._fused(
             (self._time(timestep),), sample, model_output, pred=sample.dtype
         )
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return CogVideoXDDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            CogVideoXDDIMSchedulerOutput,
+            return_dict,
+            prev_sample=prev_sample,
+            pred_original_sample=pred_original_sample,
+        )
 
 
 class CogVideoXDPMScheduler(_DDIM, diffusers.CogVideoXDPMScheduler):
@@ -366,7 +366,7 @@ class CogVideoXDPMScheduler(_DDIM, diffusers.CogVideoXDPMScheduler):
         )  # fmt: skip
         if not return_dict or first_order:
             return prev_sample, pred_original_sample
-        return CogVideoXDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return made(CogVideoXDPMSchedulerOutput, prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
 
 class RePaintScheduler(_DDIM, diffusers.RePaintScheduler):
@@ -410,9 +410,9 @@ class RePaintScheduler(_DDIM, diffusers.RePaintScheduler):
             noise=draw_noise(model_output.shape, generator, model_output.device, model_output.dtype),
             pred=sample.dtype,
         )  # fmt: skip
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return RePaintSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            RePaintSchedulerOutput, return_dict, prev_sample=prev_sample, pred_original_sample=pred_original_sample
+        )
 
     def undo_step(self, sample: Tensor, timestep: int, generator: Generators = None) -> Tensor:
         """A step of the forward process, back to the timestep before: one training timestep after the other."""
@@ -473,9 +473,7 @@ class DDPMWuerstchenScheduler(FusedScheduler, diffusers.DDPMWuerstchenScheduler)
             table = upload(make_table([self._row(time, before) for time in times]), sample.device)
             rows = torch.arange(len(times), device=sample.device)
         prev_sample = self._execute(table, rows, sample, model_output, noise=noise, dtype=model_output.dtype)[0]
-        if not return_dict:
-            return (prev_sample,)
-        return DDPMWuerstchenSchedulerOutput(prev_sample=prev_sample)
+        return returned(DDPMWuerstchenSchedulerOutput, return_dict, prev_sample=prev_sample)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha_t x_0 + sigma_t noise, each sample at its own time."""

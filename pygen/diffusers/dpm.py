@@ -168,7 +168,7 @@ class _Multistep(_Exponential):
         if self.lower_order_nums < self.config.solver_order:
             self.lower_order_nums += 1
         self._step_index = index + 1
-        return returned(SchedulerOutput, prev_sample, return_dict)
+        return returned(SchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class _DPMSolver(_Multistep):
@@ -393,7 +393,7 @@ class DPMSolverSinglestepScheduler(_Exponential, diffusers.DPMSolverSinglestepSc
             history.append(self.sample)
         prev_sample, _ = self._solve((index, order), sample, model_output, history, noise=noise)
         self._step_index = index + 1
-        return returned(SchedulerOutput, prev_sample, return_dict)
+        return returned(SchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class UniPCMultistepScheduler(_Exponential, diffusers.UniPCMultistepScheduler):
@@ -457,7 +457,7 @@ class UniPCMultistepScheduler(_Exponential, diffusers.UniPCMultistepScheduler):
         if self.lower_order_nums < self.config.solver_order:
             self.lower_order_nums += 1
         self._step_index = index + 1
-        return returned(SchedulerOutput, prev_sample, return_dict)
+        return returned(SchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class SASolverScheduler(_Exponential, diffusers.SASolverScheduler):
@@ -546,4 +546,4 @@ class SASolverScheduler(_Exponential, diffusers.SASolverScheduler):
         if self.lower_order_nums < len(self.model_outputs):
             self.lower_order_nums += 1
         self._step_index = index + 1
-        return returned(SchedulerOutput, prev_sample, return_dict)
+        return returned(SchedulerOutput, return_dict, prev_sample=prev_sample)

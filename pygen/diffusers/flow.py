@@ -105,7 +105,7 @@ class FlowMatchEulerDiscreteScheduler(_FlowMatch, diffusers.FlowMatchEulerDiscre
             rows, dtype = self._token_rows(index, per_token_timesteps, sample), torch.float32
         prev_sample = self._execute(*rows, sample, model_output, dtype=dtype, noise=noise)[0]
         self._step_index = index + 1
-        return returned(FlowMatchEulerDiscreteSchedulerOutput, prev_sample, return_dict)
+        return returned(FlowMatchEulerDiscreteSchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class FlowMatchHeunDiscreteScheduler(_Flow, diffusers.FlowMatchHeunDiscreteScheduler):
@@ -174,7 +174,7 @@ class FlowMatchHeunDiscreteScheduler(_Flow, diffusers.FlowMatchHeunDiscreteSched
             )[0]
             self.prev_derivative = self.dt = self.sample = None
         self._step_index = index + 1
-        return returned(FlowMatchHeunDiscreteSchedulerOutput, prev_sample, return_dict)
+        return returned(FlowMatchHeunDiscreteSchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class FlowMatchLCMScheduler(_FlowMatch, diffusers.FlowMatchLCMScheduler):
@@ -219,7 +219,7 @@ class FlowMatchLCMScheduler(_FlowMatch, diffusers.FlowMatchLCMScheduler):
         noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
         prev_sample = self._fused((kind, index), sample, out, dtype=model_output.dtype, noise=noise)[0]
         self._step_index = index + 1
-        return returned(FlowMatchLCMSchedulerOutput, prev_sample, return_dict)
+        return returned(FlowMatchLCMSchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class FlowMapEulerDiscreteScheduler(_Flow, diffusers.FlowMapEulerDiscreteScheduler):
@@ -279,7 +279,7 @@ class FlowMapEulerDiscreteScheduler(_Flow, diffusers.FlowMapEulerDiscreteSchedul
             rows = self._find((sigma, following), sample.device)
         prev_sample = self._execute(*rows, sample, model_output, dtype=model_output.dtype)[0]
         self._step_index += 1
-        return returned(FlowMapEulerDiscreteSchedulerOutput, prev_sample, return_dict)
+        return returned(FlowMapEulerDiscreteSchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class LTXEulerAncestralRFScheduler(_Flow, diffusers.LTXEulerAncestralRFScheduler):
@@ -320,7 +320,7 @@ class LTXEulerAncestralRFScheduler(_Flow, diffusers.LTXEulerAncestralRFScheduler
             noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
         prev_sample = self._fused((index,), sample, model_output, noise=noise)[0]
         self._step_index = after
-        return returned(LTXEulerAncestralRFSchedulerOutput, prev_sample, return_dict)
+        return returned(LTXEulerAncestralRFSchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class MiniMaxH3Scheduler(_Flow, diffusers.MiniMaxH3Scheduler):
@@ -356,7 +356,7 @@ class MiniMaxH3Scheduler(_Flow, diffusers.MiniMaxH3Scheduler):
             rows = self._find((index, self._time(timestep)), sample.device)
         prev_sample = self._execute(*rows, sample, model_output)[0]
         self._step_index = index + 1
-        return returned(MiniMaxH3SchedulerOutput, prev_sample, return_dict)
+        return returned(MiniMaxH3SchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class PiflowScheduler(_Flow, diffusers.PiflowScheduler):
@@ -420,7 +420,7 @@ class PiflowScheduler(_Flow, diffusers.PiflowScheduler):
             part = grid[start : start + MAX_HISTORY]
             prev_sample = self._fused((index, start), prev_sample, dtype=dtype, history=part)[0]
         self._step_index = index + 1
-        return returned(PiflowSchedulerOutput, prev_sample, return_dict)
+        return returned(PiflowSchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class RFD4ProteinaScheduler(FusedScheduler, diffusers.RFD4ProteinaScheduler):
@@ -492,4 +492,4 @@ class RFD4ProteinaScheduler(FusedScheduler, diffusers.RFD4ProteinaScheduler):
             dtype=sample.dtype if time == 0 else torch.float32,
         )[0]  # fmt: skip
         self._step_index = index + 1
-        return returned(RFD4ProteinaSchedulerOutput, prev_sample, return_dict)
+        return returned(RFD4ProteinaSchedulerOutput, return_dict, prev_sample=prev_sample)

@@ -176,7 +176,7 @@ class HeliosScheduler(OnSigmas, diffusers.HeliosScheduler):
             rows = tensor_table({"x0": 1.0, "out0": sigma_next - sigma}, sample.device)
         prev_sample = self._execute(*rows, sample, model_output, dtype=model_output.dtype)[0]
         self._step_index = index + 1
-        return returned(HeliosSchedulerOutput, prev_sample, return_dict)
+        return returned(HeliosSchedulerOutput, return_dict, prev_sample=prev_sample)
 
     def step_unipc(
         self,
@@ -234,11 +234,9 @@ class HeliosScheduler(OnSigmas, diffusers.HeliosScheduler):
             self.lower_order_nums += 1
         if cus_step_index is None:
             self._step_index = index + 1
-        if not return_dict:
-            return prev_sample, model_outputs, self.last_sample, self.this_order
-        return HeliosSchedulerOutput(
-            prev_sample=prev_sample, model_outputs=model_outputs, last_sample=self.last_sample,
-            this_order=self.this_order,
+        return returned(
+            HeliosSchedulerOutput, return_dict, prev_sample=prev_sample, model_outputs=model_outputs,
+            last_sample=self.last_sample, this_order=self.this_order,
         )  # fmt: skip
 
     def step(
@@ -312,7 +310,7 @@ class HeliosDMDScheduler(OnSigmas, DiffusersHeliosDMDScheduler):
             following = _nearest(visited[cur_sampling_step + 1], times, sigmas)
             noise, dtype = {"noise": dmd_noisy_tensor}, dmd_noisy_tensor.dtype
         prev_sample = self._fused((sigma, following), sample, model_output, dtype=dtype, noise=noise)[0]
-        return returned(HeliosDMDSchedulerOutput, prev_sample, return_dict)
+        return returned(HeliosDMDSchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 def _nearest(time: float, times: list[float], sigmas: list[float]) -> float:

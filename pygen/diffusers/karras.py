@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import KDPM2Ance
 from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteSchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, HostTensor, Key, OfIndex, promoted, refuse_index
+from pygen.diffusers.base import Columns, HostTensor, Key, OfIndex, promoted, refuse_index, returned
 from pygen.diffusers.noise import Generators, PhiloxGenerator, draw_noise
 from pygen.diffusion.rows import Factors, columns, conversion, written_out
 from pygen.diffusion.solvers import Grid, SolverStep, ddpm
@@ -161,9 +161,12 @@ class EulerDiscreteScheduler(_Churned, diffusers.EulerDiscreteScheduler):
         prev_sample, pred_original_sample = self._churned(
             model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, known
         )
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return EulerDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            EulerDiscreteSchedulerOutput,
+            return_dict,
+            prev_sample=prev_sample,
+            pred_original_sample=pred_original_sample,
+        )
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha noise - sigma x_0, where diffusers takes alpha at the index of the step for that at its timestep."""
@@ -199,9 +202,9 @@ class EDMEulerScheduler(_Churned, diffusers.EDMEulerScheduler):
         prev_sample, pred_original_sample = self._churned(
             model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, pred_original_sample
         )
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return EDMEulerSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            EDMEulerSchedulerOutput, return_dict, prev_sample=prev_sample, pred_original_sample=pred_original_sample
+        )
 
 
 class EulerAncestralDiscreteScheduler(VarianceExploding, diffusers.EulerAncestralDiscreteScheduler):
@@ -228,9 +231,12 @@ class EulerAncestralDiscreteScheduler(VarianceExploding, diffusers.EulerAncestra
             noise=draw_noise(model_output.shape, generator, model_output.device, model_output.dtype),
         )  # fmt: skip
         self._step_index = index + 1
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return EulerAncestralDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            EulerAncestralDiscreteSchedulerOutput,
+            return_dict,
+            prev_sample=prev_sample,
+            pred_original_sample=pred_original_sample,
+        )
 
 
 class _TwoStage(VarianceExploding):
@@ -282,9 +288,9 @@ class HeunDiscreteScheduler(_TwoStage, diffusers.HeunDiscreteScheduler):
             )  # fmt: skip
             self.prev_derivative = self.dt = self.sample = None
         self._step_index = index + 1
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return HeunDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            HeunDiscreteSchedulerOutput, return_dict, prev_sample=prev_sample, pred_original_sample=pred_original_sample
+        )
 
 
 class _MidPoint(_TwoStage):
@@ -341,9 +347,12 @@ class KDPM2DiscreteScheduler(_MidPoint, diffusers.KDPM2DiscreteScheduler):
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
     ) -> KDPM2DiscreteSchedulerOutput | tuple[Tensor, Tensor]:
         prev_sample, pred_original_sample = self._stage(model_output, timestep, sample, None)
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return KDPM2DiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            KDPM2DiscreteSchedulerOutput,
+            return_dict,
+            prev_sample=prev_sample,
+            pred_original_sample=pred_original_sample,
+        )
 
 
 class KDPM2AncestralDiscreteScheduler(_MidPoint, diffusers.KDPM2AncestralDiscreteScheduler):
@@ -375,9 +384,12 @@ class KDPM2AncestralDiscreteScheduler(_MidPoint, diffusers.KDPM2AncestralDiscret
         if not self.state_in_first_order:
             noise = draw_noise(model_output.shape, generator, model_output.device, model_output.dtype)
         prev_sample, pred_original_sample = self._stage(model_output, timestep, sample, noise)
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return KDPM2AncestralDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            KDPM2AncestralDiscreteSchedulerOutput,
+            return_dict,
+            prev_sample=prev_sample,
+            pred_original_sample=pred_original_sample,
+        )
 
 
 class DPMSolverSDEScheduler(_TwoStage, diffusers.DPMSolverSDEScheduler):
@@ -464,6 +476,6 @@ class DPMSolverSDEScheduler(_TwoStage, diffusers.DPMSolverSDEScheduler):
         else:
             self.sample = self.mid_point_sigma = self._increment = None
         self._step_index = index + 1
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return DPMSolverSDESchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            DPMSolverSDESchedulerOutput, return_dict, prev_sample=prev_sample, pred_original_sample=pred_original_sample
+        )

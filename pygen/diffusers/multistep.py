@@ -69,9 +69,9 @@ class LMSDiscreteScheduler(VarianceExploding, DiffusersLMSDiscreteScheduler):
         )  # fmt: skip
         self.derivatives.append(slope)
         self._step_index = index + 1
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return LMSDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            LMSDiscreteSchedulerOutput, return_dict, prev_sample=prev_sample, pred_original_sample=pred_original_sample
+        )
 
 
 class PNDMScheduler(OfTimestep, diffusers.PNDMScheduler):
@@ -147,7 +147,7 @@ class PNDMScheduler(OfTimestep, diffusers.PNDMScheduler):
         )  # fmt: skip
         self.cur_model_output = 0 if stage == 3 else running
         self.counter += 1
-        return returned(SchedulerOutput, prev_sample, return_dict)
+        return returned(SchedulerOutput, return_dict, prev_sample=prev_sample)
 
     def step_plms(
         self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True
@@ -174,7 +174,7 @@ class PNDMScheduler(OfTimestep, diffusers.PNDMScheduler):
             dtype=promoted(sample.dtype, model_output.dtype),
         )[0]  # fmt: skip
         self.counter += 1
-        return returned(SchedulerOutput, prev_sample, return_dict)
+        return returned(SchedulerOutput, return_dict, prev_sample=prev_sample)
 
 
 class IPNDMScheduler(FusedScheduler, diffusers.IPNDMScheduler):
@@ -210,4 +210,4 @@ class IPNDMScheduler(FusedScheduler, diffusers.IPNDMScheduler):
         )
         self.ets = [*previous[::-1], epsilon]
         self._step_index = index + 1
-        return returned(SchedulerOutput, prev_sample, return_dict)
+        return returned(SchedulerOutput, return_dict, prev_sample=prev_sample)

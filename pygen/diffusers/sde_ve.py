@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, promoted, returned
+from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, made, promoted, returned
 from pygen.diffusers.karras import VarianceExploding, at, preconditioning
 from pygen.diffusers.noise import Generators, draw_noise
 from pygen.diffusion.solvers.consistency import renoise
@@ -102,7 +102,9 @@ class KarrasVeScheduler(FusedScheduler, DiffusersKarrasVeScheduler):
         )  # fmt: skip
         if not return_dict:
             return prev_sample, derivative
-        return KarrasVeOutput(prev_sample=prev_sample, derivative=derivative, pred_original_sample=pred_original_sample)
+        return made(
+            KarrasVeOutput, prev_sample=prev_sample, derivative=derivative, pred_original_sample=pred_original_sample
+        )
 
     def step_correct(
         self,
@@ -123,7 +125,9 @@ class KarrasVeScheduler(FusedScheduler, DiffusersKarrasVeScheduler):
         )  # fmt: skip
         if not return_dict:
             return prev_sample, derivative
-        return KarrasVeOutput(prev_sample=prev_sample, derivative=derivative, pred_original_sample=pred_original_sample)
+        return made(
+            KarrasVeOutput, prev_sample=prev_sample, derivative=derivative, pred_original_sample=pred_original_sample
+        )
 
 
 class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler):
@@ -165,9 +169,7 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler):
             ("predict", self._time(timestep)), sample, model_output, dtype=dtype, second=dtype,
             noise=draw_noise(sample.shape, generator, sample.device, sample.dtype),
         )  # fmt: skip
-        if not return_dict:
-            return prev_sample, prev_sample_mean
-        return SdeVeOutput(prev_sample=prev_sample, prev_sample_mean=prev_sample_mean)
+        return returned(SdeVeOutput, return_dict, prev_sample=prev_sample, prev_sample_mean=prev_sample_mean)
 
     def step_correct(
         self, model_output: Tensor, sample: Tensor, generator: Generators = None, return_dict: bool = True
@@ -194,7 +196,7 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler):
         prev_sample = self._execute(
             table, rows, sample, model_output, noise={"noise": noise}, scale=scale, dtype=dtype
         )[0]
-        return returned(SchedulerOutput, prev_sample, return_dict)
+        return returned(SchedulerOutput, return_dict, prev_sample=prev_sample)
 
     def _check(self) -> None:
         if self.timesteps is None:
@@ -239,4 +241,4 @@ class CMStochasticIterativeScheduler(VarianceExploding, diffusers.CMStochasticIt
         dtype = promoted(sample.dtype, model_output.dtype)
         prev_sample = self._fused(("step", index, draws), sample, model_output, dtype=dtype, noise=noise)[0]
         self._step_index = index + 1
-        return returned(CMStochasticIterativeSchedulerOutput, prev_sample, return_dict)
+        return returned(CMStochasticIterativeSchedulerOutput, return_dict, prev_sample=prev_sample)

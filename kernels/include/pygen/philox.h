@@ -15,28 +15,38 @@ struct PhiloxKey {
   uint32_t sample;
 };
 
-// Ten rounds over counters held in the low halves of 64-bit lanes (what lies above is never looked at).
+// The keys of round `round`.
+struct PhiloxRound {
+  uint64_t key0, key1;  // of 32 bits each
+};
+PYGEN_INLINE PhiloxRound philox_round_key(uint64_t seed, uint32_t round) {
+  return {static_cast<uint32_t>(seed) + round * 0x9E3779B9u, static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u};
+}
+
+// One round over counters held in the low halves of 64-bit lanes (what lies above is never looked at).
 template <class Lanes>
-PYGEN_INLINE void philox4x32_10(Lanes (&c)[4], uint64_t seed) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const Lanes product0 = mul_low(c[0], 0xD2511F53u), product1 = mul_low(c[2], 0xCD9E8D57u);
-    c[0] = (product1 >> 32) ^ c[1] ^ static_cast<uint64_t>(key0);
-    c[1] = product1;
-    c[2] = (product0 >> 32) ^ c[3] ^ static_cast<uint64_t>(key1);
-    c[3] = product0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
+PYGEN_INLINE void philox_round(Lanes (&c)[4], const PhiloxRound& round) {
+  const Lanes product0 = mul_low(c[0], 0xD2511F53u), product1 = mul_low(c[2], 0xCD9E8D57u);
+  c[0] = (product1 >> 32) ^ c[1] ^ round.key0;
+  c[1] = product1;
+  c[2] = (product0 >> 32) ^ c[3] ^ round.key1;
+  c[3] = product0;
 }
 
 template <class Lanes>
-PYGEN_INLINE void philox_block(Lanes block, const PhiloxKey& key, Lanes (&words)[4]) {
+PYGEN_INLINE void philox_counter(Lanes block, const PhiloxKey& key, Lanes (&words)[4]) {
   words[0] = block;
   words[1] = ((block >> 32) & 0xffffull) | (static_cast<uint64_t>(key.draw) << 16);
   words[2] = block ^ block ^ static_cast<uint64_t>(key.step);
   words[3] = block ^ block ^ static_cast<uint64_t>(key.sample);
-  philox4x32_10(words, key.seed);
+}
+
+inline constexpr int kPhiloxRounds = 10;
+
+template <class Lanes>
+PYGEN_INLINE void philox_block(Lanes block, const PhiloxKey& key, Lanes (&words)[4]) {
+  philox_counter(block, key, words);
+  for (int round = 0; round < kPhiloxRounds; ++round) philox_round(words, philox_round_key(key.seed, round));
 }
 
 // ln x for normal x > 0, within 1 ulp: x = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).

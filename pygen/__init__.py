@@ -9,6 +9,7 @@ from pygen.ops.affine_step import affine_step
 from pygen.ops.backend import backend
 from pygen.ops.diffusion_loss import diffusion_loss
 from pygen.ops.dynamic_threshold import dynamic_threshold
+from pygen.ops.gated_unit import geglu, swiglu
 from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.philox_normal import philox_normal
 from pygen.ops.posterior_token import posterior_token
@@ -27,6 +28,7 @@ __all__ = [
     "diffusion_loss",
     "doctor",
     "dynamic_threshold",
+    "geglu",
     "group_norm_silu",
     "philox_normal",
     "plan",
@@ -34,6 +36,7 @@ __all__ = [
     "route_token",
     "sample",
     "sample_gram",
+    "swiglu",
     "token_confidence",
     "unmask_step",
 ]

@@ -13,23 +13,38 @@ PYGEN_INLINE Pack<T, N> power_of_two(const Pack<T, N>& shifted) {
   return r;
 }
 
-// e^x within 1.2 ulp = 2^n p(f), where n + f = x log2(e) and |f| <= 1/2; 0 below 2^-126.5, infinite above 2^127.5.
+// 2^(n + f) for |f| <= 1/2, where n is in the last bits of `shifted`: see power_of_two.
+template <class F>
+PYGEN_INLINE F exp2_of_parts(F f, F shifted) {
+  F p = splat(0.000153533620f, f);
+  p = fma(p, f, splat(0.00133988750f, f));
+  p = fma(p, f, splat(0.00961843692f, f));
+  p = fma(p, f, splat(0.0555033237f, f));
+  p = fma(p, f, splat(0.240226477f, f));
+  p = fma(p, f, splat(0.693147182f, f));
+  p = fma(p, f, splat(1.0f, f));
+  return p * power_of_two(shifted);
+}
+
+inline constexpr float kToInteger = 0x1.8p23f;  // added to n, it leaves n in the last bits
+
+// e^x within 1.2 ulp = 2^(n + f), where n + f = x log2(e); 0 below 2^-126.5, infinite above 2^127.5.
 template <class F>
 PYGEN_INLINE F exp(F x) {
   x = max(splat(-88.0f, x), min(splat(88.8f, x), x));
-  const F to_integer = splat(0x1.8p23f, x);  // added, it leaves n in the last bits: see power_of_two
-  const F shifted = fma(x, splat(1.44269502f, x), to_integer);
+  const F to_integer = splat(kToInteger, x), shifted = fma(x, splat(1.44269502f, x), to_integer);
   const F n = shifted - to_integer;
   F f = fma(x, splat(1.44269502f, x), -n);
   f = fma(x, splat(1.92596299e-8f, x), f);
-  F p = splat(0.000153533620f, x);
-  p = fma(p, f, splat(0.00133988750f, x));
-  p = fma(p, f, splat(0.00961843692f, x));
-  p = fma(p, f, splat(0.0555033237f, x));
-  p = fma(p, f, splat(0.240226477f, x));
-  p = fma(p, f, splat(0.693147182f, x));
-  p = fma(p, f, splat(1.0f, x));
-  return p * power_of_two(shifted);
+  return exp2_of_parts(f, shifted);
+}
+
+// 2^x, likewise.
+template <class F>
+PYGEN_INLINE F exp2(F x) {
+  x = max(splat(-127.0f, x), min(splat(128.0f, x), x));
+  const F to_integer = splat(kToInteger, x), shifted = x + to_integer;
+  return exp2_of_parts(x - (shifted - to_integer), shifted);
 }
 
 template <class F>

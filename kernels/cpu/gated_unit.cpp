@@ -70,26 +70,25 @@ void gated_unit(const GatedUnitArgs& args, int64_t begin, int64_t end) {
   const int inner = args.ndim - 1;
   char buffers[kOperands][kChunk * sizeof(float)];
   Chunks chunks;
-  bool in_place = true;  // nothing goes through a buffer, but for the last partial strip of a run
+  bool in_place = args.size[inner] >= kChunk;  // nothing goes through a buffer, but for the last partial strip of a run
   for (int o = 0; o < kOperands; ++o) {
     chunks.present[o] = operands[o]->data != nullptr;
     in_place &= !chunks.present[o] || operands[o]->stride[inner] == 1;
   }
-  const int64_t longest = in_place ? end - begin : kChunk;
   const Run run = choose(args.gate.dtype, args.activation, chunks.present[kGradGate] || chunks.present[kGradUp]);
   for (Cursor at(args.size, args.ndim, begin); at.position < end;) {
-    int64_t count = std::min({args.size[inner] - at.index[inner], end - at.position, longest});
+    int64_t count = std::min(end - at.position, in_place ? at.run() : kChunk);
     if (count > kStrip) count -= count % kStrip;
     for (int o = 0; o < kOperands; ++o) {
       if (!chunks.present[o]) continue;
-      chunks.view[o].open(*operands[o], at.offset(*operands[o], args.ndim), inner, count % kStrip == 0, buffers[o]);
-      if (o < kOut) chunks.view[o].gather(count);
+      chunks.view[o].open(*operands[o], at, count, buffers[o]);
+      if (o < kOut) chunks.view[o].gather(at, count);
     }
     (chunks.*run)(count);
     for (int o = kOut; o < kOperands; ++o) {
-      if (chunks.present[o]) chunks.view[o].scatter(count);
+      if (chunks.present[o]) chunks.view[o].scatter(at, count);
     }
-    at.advance(args.size, args.ndim, count);
+    at.advance(count);
   }
 }
 

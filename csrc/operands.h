@@ -13,7 +13,8 @@
 
 namespace pygen {
 
-inline DType kernel_dtype(const char* op, const char* name, const at::Tensor& tensor, bool allow_bool = false) {
+inline DType kernel_dtype(const char* op, const char* name, const at::Tensor& tensor, bool allow_bool = false,
+                          bool allow_int8 = false) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
       return DType::kFloat32;
@@ -23,11 +24,16 @@ inline DType kernel_dtype(const char* op, const char* name, const at::Tensor& te
       return DType::kFloat16;
     case at::kBool:
       if (allow_bool) return DType::kBool;
-      [[fallthrough]];
+      break;
+    case at::kChar:
+      if (allow_int8) return DType::kInt8;
+      break;
     default:
-      TORCH_CHECK_TYPE(false, op, ": ", name, " must be float32, bfloat16 or float16", allow_bool ? " or bool" : "",
-                       ", got ", tensor.scalar_type(), "; pygen.backend(\"reference\") takes float64");
+      break;
   }
+  TORCH_CHECK_TYPE(false, op, ": ", name, " must be float32, bfloat16 or float16", allow_bool ? " or bool" : "",
+                   allow_int8 ? " or int8" : "", ", got ", tensor.scalar_type(),
+                   "; pygen.backend(\"reference\") takes float64");
 }
 
 inline void check_device(const char* op, const char* name, const at::Tensor& tensor, at::Device device) {

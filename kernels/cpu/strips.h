@@ -34,6 +34,8 @@ PYGEN_INLINE Strip load_strip(const char* from, DType dtype) {
       return load_strip<DType::kFloat16>(from);
     case DType::kBool:
       return load_strip<DType::kBool>(from);
+    case DType::kInt8:
+      break;
   }
   __builtin_unreachable();
 }
@@ -51,6 +53,7 @@ PYGEN_INLINE void store_strip(char* to, DType dtype, const Strip& strip) {
     case DType::kFloat16:
       return store_strip<DType::kFloat16>(to, strip);
     case DType::kBool:
+    case DType::kInt8:
       break;
   }
   __builtin_unreachable();

@@ -11,9 +11,11 @@
 
 namespace pygen {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kBool };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kBool, kInt8 };
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2; }
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool || dtype == DType::kInt8 ? 1 : 2;
+}
 
 inline constexpr int kMaxDims = 8;
 

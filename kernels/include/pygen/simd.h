@@ -30,6 +30,7 @@ typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
 typedef uint64_t U64 __attribute__((vector_size(4 * kLanes)));  // half as many lanes
 typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t U8 __attribute__((vector_size(kLanes)));
+typedef int8_t I8 __attribute__((vector_size(kLanes)));
 
 template <class To, class From>
 PYGEN_INLINE To bits(From from) {
@@ -84,15 +85,18 @@ PYGEN_INLINE F32 power_of_two(F32 shifted) { return from_unsigned((to_unsigned(s
 // gcc 12 takes three shuffles for what each instruction set has in one or two.
 #if defined(__AVX512F__)
 PYGEN_INLINE U32 widen(U16 v) { return bits<U32>(_mm512_cvtepu16_epi32(bits<__m256i>(v))); }
+PYGEN_INLINE I32 widen(I8 v) { return bits<I32>(_mm512_cvtepi8_epi32(bits<__m128i>(v))); }
 PYGEN_INLINE U16 narrow(U32 v) { return bits<U16>(_mm512_cvtepi32_epi16(bits<__m512i>(v))); }
 #elif defined(__AVX2__)
 PYGEN_INLINE U32 widen(U16 v) { return bits<U32>(_mm256_cvtepu16_epi32(bits<__m128i>(v))); }
+PYGEN_INLINE I32 widen(I8 v) { return bits<I32>(_mm256_cvtepi8_epi32(_mm_set1_epi64x(bits<int64_t>(v)))); }
 PYGEN_INLINE U16 narrow(U32 v) {  // values that fit 16 bits
   const __m256i packed = _mm256_packus_epi32(bits<__m256i>(v), bits<__m256i>(v));
   return bits<U16>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
 #else
 PYGEN_INLINE U32 widen(U16 v) { return __builtin_convertvector(v, U32); }
+PYGEN_INLINE I32 widen(I8 v) { return __builtin_convertvector(v, I32); }
 PYGEN_INLINE U16 narrow(U32 v) { return __builtin_convertvector(v, U16); }
 #endif
 
@@ -162,6 +166,8 @@ PYGEN_INLINE F32 load(const char* from) {
 #else
     return half_to_float(widen(load_bytes<U16>(from)));
 #endif
+  } else if constexpr (kDType == DType::kInt8) {
+    return to_float(widen(load_bytes<I8>(from)));
   } else {
     return to_float(__builtin_convertvector(load_bytes<U8>(from), U32));
   }

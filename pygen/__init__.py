@@ -13,6 +13,7 @@ from pygen.ops.gated_unit import geglu, swiglu
 from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.philox_normal import philox_normal
 from pygen.ops.posterior_token import posterior_token
+from pygen.ops.rope import rope, rope_frequencies, rope_table
 from pygen.ops.route_token import route_token
 from pygen.ops.sample_gram import sample_gram
 from pygen.ops.token_confidence import token_confidence
@@ -33,6 +34,9 @@ __all__ = [
     "philox_normal",
     "plan",
     "posterior_token",
+    "rope",
+    "rope_frequencies",
+    "rope_table",
     "route_token",
     "sample",
     "sample_gram",

@@ -143,6 +143,16 @@ PYGEN_INLINE F32 interleave(F32 a, F32 b) {
   return interleave<kHalf>(a, b, std::make_integer_sequence<int, kLanes>{});
 }
 
+// The even (which = 0) or the odd (which = 1) lanes of a, then of b.
+template <int kWhich, int... kLane>
+PYGEN_INLINE F32 every_other(F32 a, F32 b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (2 * kLane + kWhich)...);
+}
+template <int kWhich>
+PYGEN_INLINE F32 every_other(F32 a, F32 b) {
+  return every_other<kWhich>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
 }  // namespace
 }  // namespace pygen
 

@@ -1,0 +1,46 @@
+// A head of one token on a GPU: a warp to each, whose lanes take every 32nd pair.
+#pragma once
+
+#include "pygen/rope.h"
+#include "pygen/rope_row.h"
+
+namespace pygen {
+namespace {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kMostWarps = 8;  // of a block, which has a token
+
+// How many threads the block of a token has, whose heads its warps share.
+inline dim3 head_threads(int64_t heads) {
+  return dim3(kWarp * static_cast<unsigned>(heads < kMostWarps ? heads : kMostWarps));
+}
+
+template <DType kDType>
+struct HeadRow {
+  char* data;
+  PYGEN_INLINE HeadRow(const Operand& operand, int64_t sequence, int64_t head, int64_t token)
+      : data(static_cast<char*>(operand.data) +
+             (sequence * operand.stride[0] + head * operand.stride[1] + token * operand.stride[2]) * size_of(kDType)) {}
+  PYGEN_INLINE float load(int i) const { return load_one(data + i * size_of(kDType), kDType); }
+  PYGEN_INLINE void store(int i, float value) const { store_one(data + i * size_of(kDType), kDType, value); }
+};
+
+// Calls store(i, value) for the lane's elements of a head, turned.
+template <class Load, class Store>
+PYGEN_INLINE void turn_head(const RopeTable& table, const float* angles, bool inverse, int count, Load load,
+                            Store store) {
+  const int lane = threadIdx.x % kWarp;
+  for (int i = lane; i < table.pairs; i += kWarp) {
+    const int first = table.interleaved ? 2 * i : i, second = table.interleaved ? 2 * i + 1 : table.pairs + i;
+    float x = load(first), y = load(second);
+    const float cosine = angles == nullptr ? __builtin_nanf("") : angles[i];
+    const float sine = angles == nullptr ? __builtin_nanf("") : angles[table.pairs + i];
+    rope_pair(x, y, cosine, inverse ? -sine : sine);
+    store(first, x);
+    store(second, y);
+  }
+  for (int i = 2 * table.pairs + lane; i < count; i += kWarp) store(i, load(i));
+}
+
+}  // namespace
+}  // namespace pygen

@@ -7,47 +7,64 @@
 namespace pygen {
 namespace {
 
-inline constexpr int64_t kBlockElements = 4 * kLanes;  // what a vector of counters makes
-// So many vectors of counters at once hide the latency of a round, and fit the registers.
+inline constexpr int64_t kBlockElements = 4 * kLanes;  // the words of a vector of blocks
+// So many vectors of blocks at once hide the latency of a round, and fit the registers.
 inline constexpr int kWays = kLanes == 16 ? 4 : 2;
 
-// The normals of elements 4 block .. 4 block + kCount * kBlockElements - 1. The rounds' keys are made once by the
-// caller, to be broadcast from memory.
+// The rounds of a seed, made once for many blocks and broadcast from memory.
+struct PhiloxRounds {
+  PhiloxRound at[kPhiloxRounds];
+  explicit PhiloxRounds(uint64_t seed) {
+    for (int round = 0; round < kPhiloxRounds; ++round) at[round] = philox_round_key(seed, round);
+  }
+};
+
+// The words of blocks block .. block + kCount * kLanes - 1: word[v][i] of a lane is the i-th of its block.
 template <int kCount>
-PYGEN_INLINE void normal_blocks(uint64_t block, const PhiloxKey& key, const PhiloxRound (&rounds)[kPhiloxRounds],
-                                float* to) {
+PYGEN_INLINE void philox_vectors(uint64_t block, const PhiloxKey& key, const PhiloxRounds& rounds,
+                                 U32 (&word)[kCount][4]) {
   U64 even, words[kCount][2][4];
   for (int lane = 0; lane < kLanes / 2; ++lane) even[lane] = 2 * lane;
-  for (int i = 0; i < kCount; ++i) {
-    for (int odd = 0; odd < 2; ++odd) philox_counter(even + (block + i * kLanes + odd), key, words[i][odd]);
+  for (int v = 0; v < kCount; ++v) {
+    for (int odd = 0; odd < 2; ++odd) philox_counter(even + (block + v * kLanes + odd), key, words[v][odd]);
   }
 #pragma GCC unroll 10
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    for (int i = 0; i < kCount; ++i) {
-      for (int odd = 0; odd < 2; ++odd) philox_round(words[i][odd], rounds[round]);
+  for (const PhiloxRound& round : rounds.at) {
+    for (int v = 0; v < kCount; ++v) {
+      for (int odd = 0; odd < 2; ++odd) philox_round(words[v][odd], round);
     }
   }
-  for (int i = 0; i < kCount; ++i, to += kBlockElements) {
-    U32 word[4];
-    for (int w = 0; w < 4; ++w) {
-      word[w] = bits<U32>((words[i][0][w] & 0xffffffffull) | (words[i][1][w] << 32));
-    }
+  for (int v = 0; v < kCount; ++v) {
+    for (int i = 0; i < 4; ++i) word[v][i] = bits<U32>((words[v][0][i] & 0xffffffffull) | (words[v][1][i] << 32));
+  }
+}
+
+// What was made of each word, in the order of the elements: kBlockElements of them.
+PYGEN_INLINE void in_order(F32 (&z)[4]) {
+  const F32 low02 = interleave<0>(z[0], z[2]), high02 = interleave<1>(z[0], z[2]);
+  const F32 low13 = interleave<0>(z[1], z[3]), high13 = interleave<1>(z[1], z[3]);
+  z[0] = interleave<0>(low02, low13), z[1] = interleave<1>(low02, low13);
+  z[2] = interleave<0>(high02, high13), z[3] = interleave<1>(high02, high13);
+}
+
+// The normals of elements 4 block .. 4 block + kCount * kBlockElements - 1.
+template <int kCount>
+PYGEN_INLINE void normal_blocks(uint64_t block, const PhiloxKey& key, const PhiloxRounds& rounds, float* to) {
+  U32 word[kCount][4];
+  philox_vectors(block, key, rounds, word);
+  for (int v = 0; v < kCount; ++v) {
     F32 z[4];
-    box_muller(word[0], word[1], z[0], z[1]);
-    box_muller(word[2], word[3], z[2], z[3]);
-    const F32 low02 = interleave<0>(z[0], z[2]), high02 = interleave<1>(z[0], z[2]);
-    const F32 low13 = interleave<0>(z[1], z[3]), high13 = interleave<1>(z[1], z[3]);
-    const F32 ordered[4] = {interleave<0>(low02, low13), interleave<1>(low02, low13), interleave<0>(high02, high13),
-                            interleave<1>(high02, high13)};
-    std::memcpy(to, ordered, sizeof ordered);
+    box_muller(word[v][0], word[v][1], z[0], z[1]);
+    box_muller(word[v][2], word[v][3], z[2], z[3]);
+    in_order(z);
+    std::memcpy(to + v * kBlockElements, z, sizeof z);
   }
 }
 
 // The normals of elements first .. first + count - 1 of a sample. Writes whole blocks: `buffer` holds at least
 // count + 2 * kBlockElements floats. Returns where the first element lies in it.
 PYGEN_INLINE const float* normals(int64_t first, int64_t count, const PhiloxKey& key, float* buffer) {
-  PhiloxRound rounds[kPhiloxRounds];
-  for (int round = 0; round < kPhiloxRounds; ++round) rounds[round] = philox_round_key(key.seed, round);
+  const PhiloxRounds rounds(key.seed);
   const int64_t skipped = first % 4, end = skipped + count;
   uint64_t block = static_cast<uint64_t>(first) / 4;
   int64_t made = 0;

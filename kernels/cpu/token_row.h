@@ -2,6 +2,7 @@
 #pragma once
 
 #include "philox.h"
+#include "pygen/green_list.h"
 #include "pygen/token_row.h"
 #include "strips.h"
 
@@ -66,6 +67,19 @@ PYGEN_INLINE float block_max(const RowBlock& x) {
   float result = -kInfinity;
   for (int lane = 0; lane < kLanes; ++lane) result = most[lane] > result ? most[lane] : result;
   return result;
+}
+
+// Adds delta to the green tokens of a block.
+PYGEN_INLINE void add_green(const GreenList& list, float delta, int block, RowBlock& x) {
+  const F32 zero{}, raised = splat(delta, zero);
+  for (int i = 0; i < kRowBlock; i += static_cast<int>(kBlockElements)) {
+    U32 word[4];
+    philox_vectors((static_cast<uint64_t>(block) * kRowBlock + static_cast<uint64_t>(i)) / 4, list.key, word);
+    F32 bias[4];
+    for (int k = 0; k < 4; ++k) bias[k] = select(word[k] < list.threshold, raised, zero);
+    in_order(bias);
+    for (int k = 0; k < 4; ++k) x.set(i + k * kLanes, x.vector(i + k * kLanes) + bias[k]);
+  }
 }
 
 // The sum of `count` numbers, a power of two, by halves.

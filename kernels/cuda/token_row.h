@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pygen/device.h"
+#include "pygen/green_list.h"
 #include "pygen/token_row.h"
 
 namespace pygen {
@@ -71,6 +72,17 @@ struct LaneBlock {
     }
   }
 };
+
+// Adds delta to the green ones of eight tokens, of which the first is a multiple of eight.
+PYGEN_INLINE void add_green(const GreenList& list, float delta, int64_t first, float (&x)[8]) {
+#pragma unroll
+  for (int half = 0; half < 8; half += 4) {
+    uint32_t words[4];
+    philox_words(static_cast<uint64_t>(first + half) / 4, list.key, words);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[half + j] += words[j] < list.threshold ? delta : 0.0f;
+  }
+}
 
 PYGEN_INLINE float warp_max(float value) {
 #pragma unroll

@@ -13,7 +13,9 @@ enum : uint32_t {
   kDrawToken = 8u << 12,
   kDrawUnmask = 9u << 12,
   kDrawPosterior = 10u << 12,
-  kDrawRoute = 11u << 12
+  kDrawRoute = 11u << 12,
+  kDrawWatermark = 12u << 12,  // the odd draw hashes a context
+  kDrawVerify = 13u << 12
 };
 
 // Iteration space: size[0] samples, then the logical dimensions of one sample, row-major. The linear index of the

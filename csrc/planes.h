@@ -27,6 +27,19 @@ Plane<T> plane(const char* op, const char* name, const std::optional<at::Tensor>
   return {static_cast<T*>(tensor->data_ptr()), {tensor->stride(0), tensor->stride(1)}};
 }
 
+// A tensor of shape (samples,), written: a plane of one position.
+template <class T>
+Plane<T> column(const char* op, const char* name, const std::optional<at::Tensor>& tensor, int64_t samples,
+                at::Device device) {
+  if (!tensor.has_value()) return {};
+  check_index(op, name, *tensor, kPlaneType<T>, device);
+  TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == samples, op, ": ", name, " must have shape (", samples,
+                    ",), got ", tensor->sizes());
+  check_no_grad(op, name, *tensor);
+  at::assert_no_internal_overlap(*tensor);
+  return {static_cast<T*>(tensor->data_ptr()), {tensor->stride(0), 0}};
+}
+
 // One number, or one per sample.
 template <class T>
 Setting<T> setting(const char* op, const char* name, const std::optional<at::Tensor>& tensor, int64_t samples,
@@ -46,6 +59,32 @@ inline PhiloxSettings philox_settings(const char* op, const std::optional<at::Te
   TORCH_CHECK_VALUE(seed->numel() == 1, op, ": seed must hold one number, got shape ", seed->sizes());
   return {seed->const_data_ptr<int64_t>(), setting<int64_t>(op, "step", step, samples, device),
           setting<int64_t>(op, "sample_ids", sample_ids, samples, device)};
+}
+
+// The samples' numbers of a setting lie in [least, most], where the host can read them.
+template <class Backend, class T>
+void check_setting(const char* op, const char* name, const Setting<T>& setting, int64_t samples, T least, T most) {
+  if (!Backend::kHostCanRead || setting.data == nullptr) return;
+  for (int64_t b = 0; b < (setting.stride == 0 ? 1 : samples); ++b) {
+    const T value = setting.at(b, least);
+    TORCH_CHECK_VALUE(value >= least && value <= most, op, ": ", name, " must lie in [", least, ", ", most, "], got ",
+                      value);
+  }
+}
+
+template <class Backend>
+GreenSettings green_settings(const char* op, const at::Tensor& tokens, const at::Tensor& key, const at::Tensor& gamma,
+                             int64_t context, int64_t samples, at::Device device) {
+  TORCH_CHECK_VALUE(tokens.dim() == 2 && tokens.size(0) == samples, op, ": tokens must have shape (", samples,
+                    ", capacity), got ", tokens.sizes());
+  check_index(op, "key", key, at::kLong, device);
+  TORCH_CHECK_VALUE(key.numel() == 1, op, ": key must hold one number, got shape ", key.sizes());
+  TORCH_CHECK_VALUE(context >= 0, op, ": context must not be negative, got ", context);
+  const GreenSettings green{key.const_data_ptr<int64_t>(), setting<float>(op, "gamma", gamma, samples, device),
+                            plane<const int64_t>(op, "tokens", tokens, tokens.sizes(), device), tokens.size(1),
+                            context};
+  check_setting<Backend>(op, "gamma", green.gamma, samples, 0.0f, 1.0f);
+  return green;
 }
 
 // A tensor of shape (samples, positions, vocabulary), of any strides.

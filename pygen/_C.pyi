@@ -6,6 +6,7 @@ DRAW_TOKEN: int
 DRAW_UNMASK: int
 DRAW_POSTERIOR: int
 DRAW_ROUTE: int
+DRAW_WATERMARK: int
 CUDA_BUILT: bool
 
 def isa() -> str: ...

@@ -10,6 +10,7 @@ from pygen.ops.backend import backend
 from pygen.ops.diffusion_loss import diffusion_loss
 from pygen.ops.dynamic_threshold import dynamic_threshold
 from pygen.ops.gated_unit import geglu, swiglu
+from pygen.ops.green_tokens import WatermarkScore, detect_watermark, green_tokens
 from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.philox_normal import philox_normal
 from pygen.ops.posterior_token import posterior_token
@@ -18,18 +19,22 @@ from pygen.ops.route_token import route_token
 from pygen.ops.sample_gram import sample_gram
 from pygen.ops.token_confidence import token_confidence
 from pygen.ops.unmask_step import unmask_step
+from pygen.ops.watermark_logits import watermark_logits
 from pygen.patch import accelerate
 
 __version__ = "0.1.0"
 __all__ = [
     "StepPlan",
+    "WatermarkScore",
     "accelerate",
     "affine_step",
     "backend",
+    "detect_watermark",
     "diffusion_loss",
     "doctor",
     "dynamic_threshold",
     "geglu",
+    "green_tokens",
     "group_norm_silu",
     "philox_normal",
     "plan",
@@ -43,4 +48,5 @@ __all__ = [
     "swiglu",
     "token_confidence",
     "unmask_step",
+    "watermark_logits",
 ]

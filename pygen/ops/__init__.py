@@ -5,6 +5,7 @@ from pygen.ops import (
     diffusion_loss,
     dynamic_threshold,
     gated_unit,
+    green_tokens,
     group_norm_silu,
     philox_normal,
     posterior_token,
@@ -13,6 +14,7 @@ from pygen.ops import (
     sample_gram,
     token_confidence,
     unmask_step,
+    watermark_logits,
 )
 from pygen.ops.spec import SPECS, Example, OpSpec
 
@@ -24,6 +26,7 @@ __all__ = [
     "diffusion_loss",
     "dynamic_threshold",
     "gated_unit",
+    "green_tokens",
     "group_norm_silu",
     "philox_normal",
     "posterior_token",
@@ -32,4 +35,5 @@ __all__ = [
     "sample_gram",
     "token_confidence",
     "unmask_step",
+    "watermark_logits",
 ]

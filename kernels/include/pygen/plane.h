@@ -30,6 +30,14 @@ struct PhiloxSettings {
   Setting<int64_t> step, sample_ids;
 };
 
+// A watermark's green lists (green_list.h): what they are made of besides the tokens before.
+struct GreenSettings {
+  const int64_t* key;  // one for all
+  Setting<float> gamma;
+  Plane<const int64_t> tokens;  // (samples, capacity)
+  int64_t capacity, context;
+};
+
 // A row of logits is cut into blocks of kRowBlock (token_row.h).
 inline constexpr int kRowBlock = 1024;
 inline constexpr int kMaxRowBlocks = 1024;

@@ -7,6 +7,7 @@ DRAW_UNMASK: int
 DRAW_POSTERIOR: int
 DRAW_ROUTE: int
 DRAW_WATERMARK: int
+DRAW_VERIFY: int
 CUDA_BUILT: bool
 
 def isa() -> str: ...

@@ -19,6 +19,7 @@ from pygen.ops.route_token import route_token
 from pygen.ops.sample_gram import sample_gram
 from pygen.ops.token_confidence import token_confidence
 from pygen.ops.unmask_step import unmask_step
+from pygen.ops.verify_draft import verify_draft
 from pygen.ops.watermark_logits import watermark_logits
 from pygen.patch import accelerate
 
@@ -48,5 +49,6 @@ __all__ = [
     "swiglu",
     "token_confidence",
     "unmask_step",
+    "verify_draft",
     "watermark_logits",
 ]

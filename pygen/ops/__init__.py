@@ -14,6 +14,7 @@ from pygen.ops import (
     sample_gram,
     token_confidence,
     unmask_step,
+    verify_draft,
     watermark_logits,
 )
 from pygen.ops.spec import SPECS, Example, OpSpec
@@ -35,5 +36,6 @@ __all__ = [
     "sample_gram",
     "token_confidence",
     "unmask_step",
+    "verify_draft",
     "watermark_logits",
 ]

@@ -165,8 +165,12 @@ def position_words(
 def uniform_reference(
     size: torch.Size | tuple[int, ...], seed: Tensor, step: Tensor | None, sample_ids: Tensor | None, draw: int
 ) -> Tensor:
-    """A uniform number of 53 bits in (0, 1), float64, for each position of (batch, positions)."""
-    high, low = position_words(size, seed, step, sample_ids, draw)[:2]
+    """A uniform number for each position of (batch, positions)."""
+    return uniform_double(*position_words(size, seed, step, sample_ids, draw)[:2])
+
+
+def uniform_double(high: Tensor, low: Tensor) -> Tensor:
+    """A uniform number of 53 bits in (0, 1), float64, from two words."""
     return ((high << 21 | low >> 11).double() + 0.5) * 2.0**-53
 
 

@@ -1,0 +1,164 @@
+"""The weight of a linear layer, packed once into the layout that linear_decode streams (see packed_linear.h)."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+PANEL = 32
+GROUPS = (32, 64, 128)
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
+FORMATS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "int4")
+
+
+class PackedLinear(NamedTuple):
+    """A weight as ``pack_linear`` makes it. ``data`` may be moved to another device by ``_replace``; the rest says what
+    its bytes mean.
+
+    data: uint8 (panels, bytes of a panel).
+    outputs, inputs: of the layer; of a gated one, ``outputs`` is that of the gate and of the up projection each.
+    group: inputs that share a scale, the padding of K included; 0 unless quantised.
+    zeros: whether the codes' zeros are stored; the middle of their range where not.
+    """
+
+    data: Tensor
+    outputs: int
+    inputs: int
+    format: WeightFormat
+    group: int
+    zeros: bool
+    gated: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The (dequantised) weight in ``dtype``: (outputs, inputs), or (2 outputs, inputs), the gate's rows first."""
+        panels = self.data.shape[0]
+        if self.group == 0:
+            stored = getattr(torch, self.format)
+            pair = 1 if stored == torch.float32 else 2
+            lines = self.data.view(stored).view(panels, -1, PANEL, pair)
+            return self._rows(lines.transpose(1, 2).reshape(panels, PANEL, -1)).to(dtype)
+        header = (1 + self.zeros) * 2 * PANEL
+        groups = self.data.view(panels, -1, header + self.group * PANEL // (1 if self.format == "int8" else 2))
+        codes = groups[..., header:].reshape(panels, -1, PANEL, 4)  # words of four bytes
+        if self.format == "int4":
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).unflatten(3, (2, 2)).permute(0, 1, 2, 4, 5, 3)
+        codes = codes.transpose(1, 2).reshape(panels, PANEL, -1, self.group)
+        scales, *zeros = (
+            numbers.contiguous().view(torch.bfloat16).unflatten(-1, (-1, 2)).transpose(2, 3).flatten(2).transpose(1, 2)
+            for numbers in groups[..., :header].split(2 * PANEL, dim=-1)
+        )
+        zero = zeros[0].to(dtype) if zeros else torch.full_like(scales, 128 if self.format == "int8" else 8).to(dtype)
+        weight = scales.to(dtype)[..., None] * (codes.to(dtype) - zero[..., None])
+        return self._rows(weight.flatten(2))
+
+    def _rows(self, panels: Tensor) -> Tensor:
+        """(panels, 32, padded K) -> the layer's rows."""
+        parts = panels.split(PANEL // 2, dim=1) if self.gated else (panels,)
+        return torch.cat([part.flatten(0, 1)[: self.outputs, : self.inputs] for part in parts])
+
+
+def pack_linear(
+    weight: Tensor,
+    up: Tensor | None = None,
+    *,
+    format: WeightFormat = "bfloat16",
+    group: int | None = None,
+    symmetric: bool = True,
+) -> PackedLinear:
+    """Packs a linear layer's weight for ``linear_decode``, quantising it where the format asks for that.
+
+    Codes are rounded to nearest. Symmetric: the scale is the number of largest magnitude in the group over -2^(bits-1),
+    so that this number is met (as ggml's Q4_0 has it); asymmetric: the codes span the group and 0, which is met.
+
+    Args:
+        weight: (outputs, inputs), floating point: a gated layer's gate where ``up`` is given.
+        up: the up projection of a gated layer, of weight's shape.
+        format: "float32", "bfloat16", "int8" or "int4".
+        group: int8 and int4: neighbouring inputs that share a scale, 32, 64 or 128; 0 for all (one scale per output
+            channel). The default is 0 for int8 and 32 for int4.
+        symmetric: int8 and int4: without zeros.
+
+    Returns:
+        A ``PackedLinear``; its ``unpack()`` gives back the weight that ``linear_decode`` multiplies by.
+
+    Raises:
+        ValueError, TypeError: naming the argument; of a weight to be quantised, where it is not finite.
+    """
+    parts = _check(weight, up, format, group)
+    outputs, inputs = weight.shape
+    width = PANEL // len(parts)
+    panels = torch.cat([_pad(part, 0, width).unflatten(0, (-1, width)) for part in parts], dim=1)
+    if format in ("float32", "bfloat16"):
+        stored = getattr(torch, format)
+        pair = 1 if stored == torch.float32 else 2
+        lines = _pad(panels.to(stored), 2, pair).unflatten(2, (-1, pair)).transpose(1, 2)
+        data = lines.contiguous().view(torch.uint8).flatten(1)
+        return PackedLinear(data, outputs, inputs, format, 0, False, up is not None)
+    bits = 8 if format == "int8" else 4
+    group = {"int8": 0, "int4": 32}[format] if group is None else group
+    group = group or max(8, -(-inputs // 8) * 8)
+    values = _pad(panels.float(), 2, group).unflatten(2, (-1, group))
+    if not values.isfinite().all():
+        raise ValueError(f"pack_linear: weight must be finite to be packed as {format}")
+    codes, *numbers = _quantise(values, bits, symmetric)
+    words = codes.flatten(2).unflatten(2, (-1, 32 // bits))  # (panels, 32, words, codes of a word)
+    if bits == 4:
+        pairs = words.unflatten(3, (2, 2, 2))
+        words = (pairs[..., 0, :] | pairs[..., 1, :] << 4).transpose(3, 4).flatten(3)
+    lines = words.transpose(1, 2).reshape(len(panels), values.shape[2], -1)  # of a group
+    headers = [
+        number.to(torch.bfloat16).transpose(1, 2).unflatten(2, (2, -1)).transpose(2, 3).flatten(2).view(torch.uint8)
+        for number in numbers
+    ]
+    data = torch.cat([*headers, lines], dim=2).flatten(1)
+    return PackedLinear(data, outputs, inputs, format, group, not symmetric, up is not None)
+
+
+def _quantise(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, ...]:
+    """Codes, scales and, unless symmetric, zeros, of (..., group). Scales are rounded to bfloat16 before they are used."""
+    most = (1 << bits) - 1
+    if symmetric:
+        extreme = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+        scale, zero = extreme / -(1 << (bits - 1)), torch.full_like(extreme, 1 << (bits - 1))
+    else:
+        low = values.amin(-1, keepdim=True).clamp(max=0.0)
+        scale = (values.amax(-1, keepdim=True).clamp(min=0.0) - low) / most
+    scale = scale.bfloat16().float()
+    scale[scale.abs() < torch.finfo(torch.float32).tiny] = 0.0
+    inverse = torch.where(scale == 0.0, 0.0, 1.0 / scale)
+    if not symmetric:
+        zero = (-low * inverse).round().clamp(0, most)
+    codes = ((values * inverse).round() + zero).clamp(0, most).to(torch.uint8)
+    return (codes, scale[..., 0]) if symmetric else (codes, scale[..., 0], zero[..., 0])
+
+
+def _pad(tensor: Tensor, dim: int, multiple: int) -> Tensor:
+    return pad(tensor, (0, 0) * (tensor.dim() - 1 - dim) + (0, -tensor.shape[dim] % multiple))
+
+
+def _check(weight: Tensor, up: Tensor | None, format: str, group: int | None) -> list[Tensor]:
+    parts = [weight] if up is None else [weight, up]
+    for name, part in zip(("weight", "up"), parts, strict=False):
+        if part.dim() != 2 or part.shape[1] == 0:
+            raise ValueError(f"pack_linear: {name} must have shape (outputs, inputs), got {list(part.shape)}")
+        if not part.is_floating_point():
+            raise TypeError(f"pack_linear: {name} must be floating point, got {part.dtype}")
+    if up is not None and (up.shape != weight.shape or up.device != weight.device):
+        raise ValueError(
+            f"pack_linear: up must have weight's shape {list(weight.shape)} and device {weight.device}, got "
+            f"{list(up.shape)} on {up.device}"
+        )
+    if format not in FORMATS:
+        raise ValueError(f"pack_linear: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if group is not None and format in ("float32", "bfloat16"):
+        raise ValueError(f"pack_linear: group is for int8 and int4, got {group} for {format}")
+    if group not in (None, 0, *GROUPS):
+        raise ValueError(f"pack_linear: group must be 0 (all inputs), 32, 64 or 128, got {group}")
+    return [part.detach() for part in parts]

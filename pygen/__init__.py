@@ -12,6 +12,8 @@ from pygen.ops.dynamic_threshold import dynamic_threshold
 from pygen.ops.gated_unit import geglu, swiglu
 from pygen.ops.green_tokens import WatermarkScore, detect_watermark, green_tokens
 from pygen.ops.group_norm_silu import group_norm_silu
+from pygen.ops.linear_decode import linear_decode
+from pygen.ops.packed_linear import PackedLinear, pack_linear
 from pygen.ops.philox_normal import philox_normal
 from pygen.ops.posterior_token import posterior_token
 from pygen.ops.rope import rope, rope_frequencies, rope_table
@@ -25,6 +27,7 @@ from pygen.patch import accelerate
 
 __version__ = "0.1.0"
 __all__ = [
+    "PackedLinear",
     "StepPlan",
     "WatermarkScore",
     "accelerate",
@@ -37,6 +40,8 @@ __all__ = [
     "geglu",
     "green_tokens",
     "group_norm_silu",
+    "linear_decode",
+    "pack_linear",
     "philox_normal",
     "plan",
     "posterior_token",

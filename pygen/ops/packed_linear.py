@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,6 +37,9 @@ class PackedLinear(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.data.numel()
+
+    def clone(self) -> PackedLinear:
+        return self._replace(data=_in_large_pages(self.data.clone()))
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (dequantised) weight in ``dtype``: (outputs, inputs), or (2 outputs, inputs), the gate's rows first."""
@@ -75,7 +80,7 @@ def pack_linear(
     """Packs a linear layer's weight for ``linear_decode``, quantising it where the format asks for that.
 
     Codes are rounded to nearest. Symmetric: the scale is the number of largest magnitude in the group over -2^(bits-1),
-    so that this number is met (as ggml's Q4_0 has it); asymmetric: the codes span the group and 0, which is met.
+    which makes use of all codes (as ggml's Q4_0 does). Asymmetric: the codes span the group and 0, which is met.
 
     Args:
         weight: (outputs, inputs), floating point: a gated layer's gate where ``up`` is given.
@@ -99,7 +104,7 @@ def pack_linear(
         stored = getattr(torch, format)
         pair = 1 if stored == torch.float32 else 2
         lines = _pad(panels.to(stored), 2, pair).unflatten(2, (-1, pair)).transpose(1, 2)
-        data = lines.contiguous().view(torch.uint8).flatten(1)
+        data = _in_large_pages(lines.contiguous().view(torch.uint8).flatten(1))
         return PackedLinear(data, outputs, inputs, format, 0, False, up is not None)
     bits = 8 if format == "int8" else 4
     group = {"int8": 0, "int4": 32}[format] if group is None else group
@@ -117,26 +122,39 @@ def pack_linear(
         number.to(torch.bfloat16).transpose(1, 2).unflatten(2, (2, -1)).transpose(2, 3).flatten(2).view(torch.uint8)
         for number in numbers
     ]
-    data = torch.cat([*headers, lines], dim=2).flatten(1)
+    data = _in_large_pages(torch.cat([*headers, lines], dim=2).flatten(1))
     return PackedLinear(data, outputs, inputs, format, group, not symmetric, up is not None)
 
 
 def _quantise(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, ...]:
-    """Codes, scales and, unless symmetric, zeros, of (..., group). Scales are rounded to bfloat16 before they are used."""
+    """Codes, scales (as they are in bfloat16) and, unless symmetric, zeros, of (..., group)."""
     most = (1 << bits) - 1
     if symmetric:
         extreme = values.gather(-1, values.abs().argmax(-1, keepdim=True))
         scale, zero = extreme / -(1 << (bits - 1)), torch.full_like(extreme, 1 << (bits - 1))
+        scale = scale.bfloat16().float()
     else:
         low = values.amin(-1, keepdim=True).clamp(max=0.0)
         scale = (values.amax(-1, keepdim=True).clamp(min=0.0) - low) / most
-    scale = scale.bfloat16().float()
+        scale = (scale.view(torch.int32) + 0xFFFF & ~0xFFFF).view(torch.float32)  # up, so that the codes suffice
     scale[scale.abs() < torch.finfo(torch.float32).tiny] = 0.0
     inverse = torch.where(scale == 0.0, 0.0, 1.0 / scale)
     if not symmetric:
         zero = (-low * inverse).round().clamp(0, most)
     codes = ((values * inverse).round() + zero).clamp(0, most).to(torch.uint8)
     return (codes, scale[..., 0]) if symmetric else (codes, scale[..., 0], zero[..., 0])
+
+
+def _in_large_pages(data: Tensor) -> Tensor:
+    """The same, where the kernel was asked for pages of 2 MB: a core streams those a tenth faster."""
+    if data.device.type != "cpu" or data.numel() < 4 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return data
+    copy = torch.empty_like(data)
+    first = -(-copy.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (copy.data_ptr() + copy.numel() - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    advise = ctypes.CDLL(None).madvise  # which may refuse: it is advice
+    advise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
+    return copy.copy_(data)
 
 
 def _pad(tensor: Tensor, dim: int, multiple: int) -> Tensor:

@@ -1,0 +1,111 @@
+#include "pygen/linear_decode.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
+
+#include "backend.h"
+#include "operands.h"
+
+namespace pygen {
+namespace {
+
+constexpr const char* kOp = "linear_decode";
+constexpr std::string_view kFormats[] = {"float32", "bfloat16", "int8", "int4"};
+constexpr std::string_view kNorms[] = {"none", "rms", "layer"};
+constexpr std::string_view kActivations[] = {"none", "silu", "gelu_tanh"};
+// Bytes of weights a thread takes at the least.
+constexpr int64_t kWeightGrain = 128 << 10;
+
+using Optional = std::optional<at::Tensor>;
+
+template <class Enum, size_t kCount>
+Enum named(const char* argument, std::string_view value, const std::string_view (&names)[kCount]) {
+  const auto* const known = std::find(names, names + kCount, value);
+  TORCH_CHECK_VALUE(known != names + kCount, kOp, ": ", argument, " must be one of ",
+                    c10::Join(", ", at::ArrayRef<std::string_view>(names)), ", got ", value);
+  return static_cast<Enum>(known - names);
+}
+
+Operand matrix(const char* name, const at::Tensor& tensor, int64_t columns, const at::Tensor& x) {
+  check_no_grad(kOp, name, tensor);
+  check_device(kOp, name, tensor, x.device());
+  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == columns, kOp, ": ", name,
+                    " must have shape (", x.size(0), ", ", columns, "), got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), kOp, ": ", name, " must have x's dtype ", x.scalar_type(),
+                   ", got ", tensor.scalar_type());
+  return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1)}, kernel_dtype(kOp, name, tensor)};
+}
+
+Operand vector(const char* name, const Optional& tensor, int64_t count, const at::Tensor& x) {
+  if (!tensor.has_value()) return {};
+  check_no_grad(kOp, name, *tensor);
+  check_device(kOp, name, *tensor, x.device());
+  TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == count, kOp, ": ", name, " must have shape (", count,
+                    ",), got ", tensor->sizes());
+  TORCH_CHECK_TYPE(tensor->scalar_type() == x.scalar_type() || tensor->scalar_type() == at::kFloat, kOp, ": ", name,
+                   " must have x's dtype ", x.scalar_type(), " or be float32, got ", tensor->scalar_type());
+  return {tensor->data_ptr(), {tensor->stride(0)}, kernel_dtype(kOp, name, *tensor)};
+}
+
+PackedLinear packed(const at::Tensor& data, int64_t outputs, int64_t inputs, std::string_view format, int64_t group,
+                    bool zeros, bool gated, const at::Tensor& x) {
+  check_index(kOp, "weight", data, at::kByte, x.device());
+  PackedLinear weight{data.const_data_ptr(),
+                      outputs,
+                      inputs,
+                      named<WeightFormat>("the weight's format", format, kFormats),
+                      gated,
+                      zeros,
+                      group};
+  TORCH_CHECK_VALUE(outputs >= 0 && inputs >= 1 && (weight.quantised() ? group >= 8 && group % 8 == 0 : group == 0),
+                    kOp, ": weight is not as pack_linear makes it");
+  TORCH_CHECK_VALUE(data.dim() == 2 && data.is_contiguous() && data.size(0) == weight.panels() &&
+                        data.size(1) == weight.panel_bytes() && reinterpret_cast<uintptr_t>(weight.data) % 64 == 0,
+                    kOp, ": weight must hold ", weight.panels(), " panels of ", weight.panel_bytes(),
+                    " bytes, aligned to 64, got ", data.sizes());
+  return weight;
+}
+
+[[maybe_unused]] void linear_decode_cpu(const at::Tensor& x, const at::Tensor& weight, int64_t outputs, int64_t inputs,
+                                        std::string_view format, int64_t group, bool zeros, bool gated,
+                                        const Optional& bias, const Optional& residual, std::string_view activation,
+                                        std::string_view norm, const Optional& norm_weight, const Optional& norm_bias,
+                                        double eps, const at::Tensor& out) {
+  // Check and describe.
+  TORCH_CHECK_VALUE(x.dim() == 2, kOp, ": x must have shape (rows, inputs), got ", x.sizes());
+  LinearDecodeArgs args{};
+  args.rows = x.size(0);
+  args.x = matrix("x", x, inputs, x);
+  args.weight = packed(weight, outputs, inputs, format, group, zeros, gated, x);
+  args.out = matrix("out", out, outputs, x);
+  if (residual.has_value()) args.residual = matrix("residual", *residual, outputs, x);
+  args.bias = vector("bias", bias, outputs * (1 + gated), x);
+  args.norm = named<LinearNorm>("norm", norm, kNorms);
+  args.activation = named<LinearActivation>("activation", activation, kActivations);
+  args.norm_weight = vector("norm_weight", norm_weight, inputs, x);
+  args.norm_bias = vector("norm_bias", norm_bias, inputs, x);
+  TORCH_CHECK_VALUE(args.norm != LinearNorm::kNone || !(norm_weight.has_value() || norm_bias.has_value()), kOp,
+                    ": norm_weight and norm_bias are for a norm, which is \"none\"");
+  args.eps = eps;
+  at::assert_no_internal_overlap(out);
+  at::assert_no_overlap(out, x);
+  if (residual.has_value()) at::assert_no_partial_overlap(out, *residual);
+  if (args.rows == 0 || outputs == 0) return;
+
+  // Launch.
+  const int64_t row_bytes = LinearRow(args).bytes;
+  const at::Tensor scratch = at::empty({args.rows * row_bytes}, x.options().dtype(at::kByte));
+  args.scratch = static_cast<char*>(scratch.data_ptr());
+  at::parallel_for(0, args.rows, std::max<int64_t>(1, kMoveGrain / inputs),
+                   [&](int64_t begin, int64_t end) { linear_decode_rows(args, begin, end); });
+  at::parallel_for(0, args.weight.panels(), std::max<int64_t>(1, kWeightGrain / args.weight.panel_bytes()),
+                   [&](int64_t begin, int64_t end) { linear_decode(args, begin, end); });
+}
+
+PYGEN_CPU_OP("linear_decode", linear_decode_cpu,
+             "(Tensor x, Tensor weight, SymInt outputs, SymInt inputs, str format, SymInt group, bool zeros, "
+             "bool gated, Tensor? bias, Tensor? residual, str activation, str norm, Tensor? norm_weight, "
+             "Tensor? norm_bias, float eps, Tensor(a!) out) -> ()")
+
+}  // namespace
+}  // namespace pygen

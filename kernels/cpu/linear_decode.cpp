@@ -1,0 +1,522 @@
+#include "pygen/linear_decode.h"
+
+#include <algorithm>
+
+#include "pygen/exp.h"
+#include "strips.h"
+
+namespace pygen::PYGEN_ISA {
+namespace {
+
+// ---- Rows ----------------------------------------------------------------------------------------------------------
+
+inline constexpr int64_t kBlock = LinearRow::kChunk;
+
+// Widens `count` elements, at most kBlock, from `first` on of the innermost dimension `dim`; 0 up to a whole vector.
+void widen(float* to, const Operand& operand, int64_t offset, int64_t stride, int64_t count) {
+  const int64_t size = size_of(operand.dtype);
+  const char* from = static_cast<const char*>(operand.data) + offset * size;
+  alignas(64) char copy[kBlock * sizeof(float)];
+  if (stride != 1 || count % kLanes != 0) {
+    std::memset(copy, 0, sizeof copy);
+    copy_elements(copy, 1, from, stride, count, size);
+    from = copy;
+  }
+  const auto run = [&](auto dtype) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const F32 v = load<dtype.value>(from + i * size_of(dtype.value));
+      std::memcpy(to + i, &v, sizeof v);
+    }
+  };
+  switch (operand.dtype) {
+    case DType::kFloat32:
+      return run(std::integral_constant<DType, DType::kFloat32>{});
+    case DType::kBFloat16:
+      return run(std::integral_constant<DType, DType::kBFloat16>{});
+    default:
+      return run(std::integral_constant<DType, DType::kFloat16>{});
+  }
+}
+
+// The sum of term(x) over a row, in double, by 16 partial sums.
+template <class Term>
+double row_sum(const float* x, int64_t count, Term term) {
+  constexpr int kPartials = 16;
+  double sum[kPartials] = {};
+  for (int64_t i = 0; i < count; i += kPartials) {
+    for (int j = 0; j < kPartials; ++j) sum[j] += i + j < count ? term(static_cast<double>(x[i + j])) : 0.0;
+  }
+  for (int width = kPartials / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
+  }
+  return sum[0];
+}
+
+void normalise(const LinearDecodeArgs& args, float* x) {
+  const int64_t count = args.weight.inputs;
+  const bool centered = args.norm == LinearNorm::kLayer;
+  const double mean = centered ? row_sum(x, count, [](double v) { return v; }) / static_cast<double>(count) : 0.0;
+  const double square = row_sum(x, count, [&](double v) { return (v - mean) * (v - mean); });
+  // std::sqrt may call the library.
+  const double deviation = _mm_cvtsd_f64(_mm_sqrt_pd(_mm_set1_pd(square / static_cast<double>(count) + args.eps)));
+  // Next to the mean, x - center is exact.
+  const float center = static_cast<float>(mean), factor = static_cast<float>(1.0 / deviation);
+  const float offset = static_cast<float>((center - mean) / deviation);
+  for (int64_t i = 0; i < count; i += kBlock) {
+    alignas(64) float weight[kBlock], bias[kBlock];
+    const int64_t here = std::min(kBlock, count - i);
+    if (args.norm_weight.data != nullptr) {
+      widen(weight, args.norm_weight, i * args.norm_weight.stride[0], args.norm_weight.stride[0], here);
+    }
+    if (args.norm_bias.data != nullptr) {
+      widen(bias, args.norm_bias, i * args.norm_bias.stride[0], args.norm_bias.stride[0], here);
+    }
+    for (int64_t j = 0; j < here; j += kLanes) {
+      F32 v = load_bytes<F32>(x + i + j);
+      v = fma(v - center, splat(factor, v), splat(offset, v));
+      if (args.norm_weight.data != nullptr) v *= load_bytes<F32>(weight + j);
+      if (args.norm_bias.data != nullptr) v += load_bytes<F32>(bias + j);
+      std::memcpy(x + i + j, &v, std::min<int64_t>(kLanes, here - j) * sizeof(float));
+    }
+  }
+}
+
+// The order of a word's inputs in which (word >> 8 i) & 0x00ff00ff holds neighbours.
+template <int... kLane>
+PYGEN_INLINE U16 swap_middle(U16 v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, ((kLane & ~3) | (kLane & 1) << 1 | (kLane >> 1 & 1))...);
+}
+
+// To the nearest whole number, |v| < 2^22.
+PYGEN_INLINE F32 round(F32 v) { return (v + 0x1.8p23f) - 0x1.8p23f; }
+
+void to_words(const LinearDecodeArgs& args, const LinearRow& layout, const float* x, int64_t count, uint16_t* words,
+              LinearChunk& chunk) {
+  const auto infinity = [](F32 v) { return (to_unsigned(v) & 0x7fffffffu) >= 0x7f800000u; };
+  F32 most = {};
+  I32 special = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const F32 v = load_bytes<F32>(x + i);
+    special |= infinity(v);
+    most = max(select(infinity(v), F32{}, from_unsigned(to_unsigned(v) & 0x7fffffffu)), most);
+  }
+  float largest = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, most[lane]);
+  uint32_t exponent;
+  std::memcpy(&exponent, &largest, sizeof exponent);
+  exponent = std::max(exponent >> 23, 30u);  // biased; below 2^-97 nothing is told apart
+  const F32 up = from_unsigned(U32{} + ((268 - exponent) << 23));
+  chunk.scale = from_unsigned(U32{} + ((exponent - (layout.words == 2 ? 29 : 14)) << 23))[0];
+  chunk.special = lanes_of(special) != 0;
+  I32 sum[2] = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    F32 v = load_bytes<F32>(x + i);
+    v = select(infinity(v), F32{}, v) * up;
+    for (int word = 0; word < layout.words; ++word) {
+      const F32 whole = min(max(round(v), splat(-32767.0f, v)), splat(32767.0f, v));
+      const I32 number = __builtin_convertvector(whole, I32);
+      sum[word] += number;
+      U16 half = narrow(bits<U32>(number) & 0xffffu);
+      if (args.weight.format == WeightFormat::kInt8) {
+        half = swap_middle(half, std::make_integer_sequence<int, kLanes>{});
+      }
+      std::memcpy(words + word * layout.inputs + i, &half, sizeof half);
+      v = (v - whole) * 0x1p15f;
+    }
+  }
+  for (int word = 0; word < 2; ++word) {
+    chunk.sum[word] = 0;
+    for (int lane = 0; lane < kLanes; ++lane) chunk.sum[word] += sum[word][lane];
+  }
+}
+
+void make_row(const LinearDecodeArgs& args, const LinearRow& layout, int64_t row) {
+  char* const scratch = args.scratch + row * layout.bytes;
+  float* const x = reinterpret_cast<float*>(scratch);
+  const int64_t inputs = args.weight.inputs;
+  for (int64_t i = 0; i < inputs; i += kBlock) {
+    widen(x + i, args.x, row * args.x.stride[0] + i * args.x.stride[1], args.x.stride[1], std::min(kBlock, inputs - i));
+  }
+  std::fill(x + inputs, x + layout.inputs, 0.0f);
+  if (args.norm != LinearNorm::kNone) normalise(args, x);
+  uint16_t* const words = reinterpret_cast<uint16_t*>(scratch + layout.words_at);
+  if (args.weight.quantised()) {
+    LinearChunk* const chunks = reinterpret_cast<LinearChunk*>(scratch + layout.chunks_at);
+    for (int64_t c = 0; c < layout.chunks; ++c) {
+      const int64_t first = c * layout.chunk;
+      to_words(args, layout, x + first, std::min(layout.chunk, layout.inputs - first), words + first, chunks[c]);
+    }
+  } else if (layout.words == 1) {
+    for (int64_t i = 0; i < layout.inputs; i += kLanes) {
+      const U32 half = float_to_bfloat16(load_bytes<F32>(x + i));
+      const U16 word = narrow(half);
+      const F32 rounded = from_unsigned(half << 16);
+      std::memcpy(words + i, &word, sizeof word);
+      std::memcpy(x + i, &rounded, sizeof rounded);
+    }
+  }
+}
+
+// ---- Products ------------------------------------------------------------------------------------------------------
+
+inline constexpr int kTile = 2;                         // vectors of outputs that are computed together,
+inline constexpr int kTileRows = kLanes == 16 ? 8 : 4;  // and rows: what the registers hold
+inline constexpr int kLine = kPanel * 4;                // bytes of a panel that one vector of each output fills
+inline constexpr int kRowsTogether = 64;                // rows that meet a panel before the next one
+inline constexpr int64_t kFetchAhead = 4096;            // bytes
+
+// What a tile is made of: the panel from its column on, rows of scratch memory, inputs or chunks [begin, end), sums.
+struct Tile {
+  const LinearDecodeArgs& args;
+  const LinearRow& layout;
+  const char* panel;
+  int column;
+  const char* x;
+  int64_t begin, end;
+  float* sum;  // kPanel apart
+
+  template <class T>
+  PYGEN_INLINE const T* row(int r, int64_t offset) const {
+    return reinterpret_cast<const T*>(x + r * layout.bytes + offset);
+  }
+};
+
+// Sums of a few products at a time are added to those of all, so that rounding errors do not grow with the inputs.
+template <int kRows>
+struct Sums {
+  F32 v[kRows][kTile] = {};
+  PYGEN_INLINE void add_to(const Tile& tile) const {
+    for (int r = 0; r < kRows; ++r) {
+      for (int t = 0; t < kTile; ++t) {
+        float* const at = tile.sum + r * kPanel + t * kLanes;
+        const F32 sum = load_bytes<F32>(at) + v[r][t];
+        std::memcpy(at, &sum, sizeof sum);
+      }
+    }
+  }
+};
+
+PYGEN_INLINE void fetch(const char* line) { __builtin_prefetch(line + kFetchAhead); }
+
+struct Float32Weights {
+  static constexpr int64_t kUnits = 64;  // inputs
+  static constexpr int kMostRows = kTileRows;
+
+  template <int kRows>
+  static void multiply(const Tile& tile) {
+    Sums<kRows> sums;
+    const float* x[kRows];
+    for (int r = 0; r < kRows; ++r) x[r] = tile.row<float>(r, 0);
+    const char* line = tile.panel + tile.begin * kLine + tile.column * 4;
+#pragma GCC unroll 4
+    for (int64_t k = tile.begin; k < tile.end; ++k, line += kLine) {
+      F32 w[kTile];
+      for (int t = 0; t < kTile; ++t) {
+        w[t] = load_bytes<F32>(line + t * sizeof(F32));
+        fetch(line + t * sizeof(F32));
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const F32 v = splat(x[r][k], F32{});
+        for (int t = 0; t < kTile; ++t) sums.v[r][t] = fma(w[t], v, sums.v[r][t]);
+      }
+    }
+    sums.add_to(tile);
+  }
+};
+
+#if defined(__AVX512BF16__)
+inline constexpr bool kAddsPairs = true;
+PYGEN_INLINE F32 add_pair(F32 sum, U32 a, U32 b) { return _mm512_dpbf16_ps(sum, bits<__m512bh>(a), bits<__m512bh>(b)); }
+#else
+inline constexpr bool kAddsPairs = false;
+#endif
+
+// Inputs two by two: the second's product first.
+template <bool kPairs>
+struct BFloat16Weights {
+  static constexpr int64_t kUnits = 64;  // pairs of inputs
+  static constexpr int kMostRows = kTileRows;
+
+  template <int kRows>
+  static void multiply(const Tile& tile) {
+    Sums<kRows> sums;
+    const std::conditional_t<kPairs, uint32_t, float>* x[kRows];
+    for (int r = 0; r < kRows; ++r)
+      x[r] = tile.row<std::decay_t<decltype(*x[r])>>(r, kPairs ? tile.layout.words_at : 0);
+    const char* line = tile.panel + tile.begin * kLine + tile.column * 4;
+#pragma GCC unroll 4
+    for (int64_t k = tile.begin; k < tile.end; ++k, line += kLine) {
+      U32 w[kTile];
+      for (int t = 0; t < kTile; ++t) {
+        w[t] = load_bytes<U32>(line + t * sizeof(U32));
+        fetch(line + t * sizeof(U32));
+      }
+      for (int r = 0; r < kRows; ++r) {
+        for (int t = 0; t < kTile; ++t) {
+          F32& sum = sums.v[r][t];
+          if constexpr (kPairs) {
+            sum = add_pair(sum, w[t], U32{} + x[r][k]);
+          } else {
+            sum = fma(from_unsigned(w[t] & 0xffff0000u), splat(x[r][2 * k + 1], sum), sum);
+            sum = fma(from_unsigned(w[t] << 16), splat(x[r][2 * k], sum), sum);
+          }
+        }
+      }
+    }
+    sums.add_to(tile);
+  }
+};
+
+typedef uint16_t Words __attribute__((vector_size(4 * kLanes)));
+
+// Adds the products of two 16-bit numbers in each lane.
+PYGEN_INLINE I32 add_products(I32 sum, U32 a, U32 b) {
+#if defined(__AVX512VNNI__)
+  return bits<I32>(_mm512_dpwssd_epi32(bits<__m512i>(sum), bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX512F__)
+  return sum + bits<I32>(_mm512_madd_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+  return sum + bits<I32>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+#else
+  return sum + bits<I32>(_mm_madd_epi16(bits<__m128i>(a), bits<__m128i>(b)));
+#endif
+}
+
+template <int kBits, int kWords>
+struct Codes {
+  static constexpr int64_t kUnits = 4;  // chunks
+  static constexpr int kMostRows = kTileRows / kWords;
+  static constexpr int kPairs = 16 / kBits;  // in a word of the weight
+  static constexpr uint32_t kMask = kBits == 8 ? 0x00ff00ffu : 0x000f000fu;
+
+  PYGEN_INLINE static U32 pair(U32 word, int index) {
+    if (index == kPairs - 1) return bits<U32>(bits<Words>(word) >> (16 - kBits));
+    return (word >> (index * kBits)) & kMask;
+  }
+
+  template <int kRows>
+  static void multiply(const Tile& tile) {
+    const PackedLinear& weight = tile.args.weight;
+    const bool one_group = weight.group > LinearRow::kChunk;
+    const int64_t group_bytes = weight.header_bytes() + weight.code_bytes();
+    const int64_t chunk_bytes = tile.layout.chunk * kPanel * kBits / 8;
+    for (int64_t c = tile.begin; c < tile.end; ++c) {
+      const char* header = tile.panel + (one_group ? 0 : c * group_bytes) + tile.column % (kPanel / 2) * 4;
+      const char* line =
+          tile.panel + weight.header_bytes() + c * (one_group ? chunk_bytes : group_bytes) + tile.column * 4;
+      const int64_t first = c * tile.layout.chunk;
+      const int64_t lines = std::min(tile.layout.chunk, weight.padded_inputs() - first) / (2 * kPairs);
+      const int32_t* x[kRows][kWords];
+      I32 dot[kRows][kWords][kTile] = {};
+      for (int r = 0; r < kRows; ++r) {
+        const LinearChunk& chunk = tile.row<LinearChunk>(r, tile.layout.chunks_at)[c];
+        for (int word = 0; word < kWords; ++word) {
+          x[r][word] = tile.row<int32_t>(r, tile.layout.words_at + (word * tile.layout.inputs + first) * 2);
+          for (int t = 0; t < kTile; ++t) dot[r][word][t] -= chunk.sum[word] * weight.middle();
+        }
+      }
+      for (int64_t i = 0; i < lines; ++i, line += kLine) {
+        U32 w[kTile];
+        for (int t = 0; t < kTile; ++t) {
+          w[t] = load_bytes<U32>(line + t * sizeof(U32));
+          fetch(line + t * sizeof(U32));
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < kPairs; ++p) {
+          for (int r = 0; r < kRows; ++r) {
+            for (int word = 0; word < kWords; ++word) {
+              const U32 v = U32{} + static_cast<uint32_t>(x[r][word][i * kPairs + p]);
+              for (int t = 0; t < kTile; ++t) {
+                dot[r][word][t] = add_products(dot[r][word][t], pair(w[t], p), v);
+              }
+            }
+          }
+        }
+      }
+      for (int t = 0; t < kTile; ++t) {
+        const bool second = tile.column + t * kLanes >= kPanel / 2;
+        const auto numbers = [&](int64_t offset) __attribute__((always_inline)) {
+          const int64_t at = (t * kLanes) % (kPanel / 2) * 4;
+          const U32 both = load_bytes<U32>(header + offset + at);
+          return from_unsigned(second ? both & 0xffff0000u : both << 16);
+        };
+        const F32 scale = numbers(0);
+        const F32 zero = weight.zeros ? numbers(64) - static_cast<float>(weight.middle()) : F32{};
+        for (int r = 0; r < kRows; ++r) {
+          const LinearChunk& chunk = tile.row<LinearChunk>(r, tile.layout.chunks_at)[c];
+          F32 value[kWords];
+          for (int word = 0; word < kWords; ++word) {
+            value[word] = to_float(dot[r][word][t]);
+            if (weight.zeros) value[word] = fma(zero, splat(static_cast<float>(-chunk.sum[word]), zero), value[word]);
+          }
+          if constexpr (kWords == 2) value[0] = fma(value[0], splat(0x1p15f, scale), value[1]);
+          float* const at = tile.sum + r * kPanel + t * kLanes;
+          const F32 sum = fma(value[0], scale * chunk.scale, load_bytes<F32>(at));
+          std::memcpy(at, &sum, sizeof sum);
+        }
+      }
+    }
+  }
+};
+
+template <class Weights, int kRows>
+void multiply_rows(const Tile& tile, int rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_rows<Weights, kRows - 1>(tile, rows);
+  }
+  Weights::template multiply<kRows>(tile);
+}
+
+// Adds the products of a panel's `units` units to those sums that `rows` rows from `row` on have.
+template <class Weights>
+void multiply_panel(const LinearDecodeArgs& args, const LinearRow& layout, const char* panel, int64_t units,
+                    int64_t row, int rows, float* sums) {
+  constexpr int kColumns = kTile * kLanes;
+  for (int64_t begin = 0; begin < units; begin += Weights::kUnits) {
+    for (int column = 0; column < kPanel; column += kColumns) {
+      for (int r = 0; r < rows; r += Weights::kMostRows) {
+        const Tile tile{args,
+                        layout,
+                        panel,
+                        column,
+                        args.scratch + (row + r) * layout.bytes,
+                        begin,
+                        std::min(units, begin + Weights::kUnits),
+                        sums + r * kPanel + column};
+        multiply_rows<Weights, Weights::kMostRows>(tile, std::min(Weights::kMostRows, rows - r));
+      }
+    }
+  }
+}
+
+// Weight (input, output) of a panel of codes.
+float weight_at(const PackedLinear& weight, const char* panel, int64_t input, int output) {
+  panel += input / weight.group * (weight.header_bytes() + weight.code_bytes());
+  const int64_t k = input % weight.group;
+  const auto number = [&](int64_t offset) {
+    uint16_t half;
+    std::memcpy(&half, panel + offset + (output % 16 * 2 + output / 16) * 2, sizeof half);
+    return from_unsigned(U32{} + (uint32_t{half} << 16))[0];
+  };
+  const int per_word = weight.format == WeightFormat::kInt8 ? 4 : 8;
+  uint32_t word;
+  std::memcpy(&word, panel + weight.header_bytes() + (k / per_word * kPanel + output) * 4, sizeof word);
+  const int64_t i = k % per_word;
+  const uint32_t code = per_word == 4 ? word >> (8 * i) & 255 : word >> (4 * (i / 2) + 16 * (i % 2)) & 15;
+  return number(0) * (static_cast<float>(code) - (weight.zeros ? number(64) : static_cast<float>(weight.middle())));
+}
+
+// What to_words left out.
+void add_special(const LinearDecodeArgs& args, const LinearRow& layout, const char* panel, int64_t row, float* sums) {
+  const char* const scratch = args.scratch + row * layout.bytes;
+  const float* const x = reinterpret_cast<const float*>(scratch);
+  for (int64_t c = 0; c < layout.chunks; ++c) {
+    if (reinterpret_cast<const LinearChunk*>(scratch + layout.chunks_at)[c].special == 0) continue;
+    for (int64_t k = c * layout.chunk; k < std::min((c + 1) * layout.chunk, args.weight.inputs); ++k) {
+      if (x[k] - x[k] == 0.0f) continue;
+      for (int j = 0; j < kPanel; ++j) sums[j] += x[k] * weight_at(args.weight, panel, k, j);
+    }
+  }
+}
+
+// x times a logistic of 2 sqrt(2 / pi) x (1 + 0.044715 x^2); where x^2 is too large to matter it is kept finite.
+PYGEN_INLINE F32 gelu_tanh(F32 x) {
+  const F32 square = min(splat(0x1p40f, x), x * x);
+  return x / (exp(-x * fma(splat(0.0713548163f, x), square, splat(1.59576912f, x))) + 1.0f);
+}
+
+PYGEN_INLINE F32 activate(LinearActivation activation, F32 x) {
+  switch (activation) {
+    case LinearActivation::kNone:
+      return x;
+    case LinearActivation::kSilu:
+      return silu(x);
+    case LinearActivation::kGeluTanh:
+      return gelu_tanh(x);
+  }
+  __builtin_unreachable();
+}
+
+void narrow(char* to, DType dtype, const float* from) {
+  for (int j = 0; j < kPanel; j += kLanes) {
+    const F32 v = load_bytes<F32>(from + j);
+    switch (dtype) {
+      case DType::kFloat32:
+        store<DType::kFloat32>(to + j * 4, v);
+        break;
+      case DType::kBFloat16:
+        store<DType::kBFloat16>(to + j * 2, v);
+        break;
+      default:
+        store<DType::kFloat16>(to + j * 2, v);
+    }
+  }
+}
+
+void finish_panel(const LinearDecodeArgs& args, int64_t panel, int64_t row, int rows, float* sums) {
+  const int width = args.weight.width();
+  const int64_t first = panel * width, outputs = std::min<int64_t>(width, args.weight.outputs - first);
+  alignas(64) float bias[kPanel] = {};
+  if (args.bias.data != nullptr) {
+    const int64_t stride = args.bias.stride[0];
+    widen(bias, args.bias, first * stride, stride, outputs);
+    if (args.weight.gated) widen(bias + width, args.bias, (args.weight.outputs + first) * stride, stride, outputs);
+  }
+  for (int r = 0; r < rows; ++r) {
+    float* const sum = sums + r * kPanel;
+    alignas(64) float residual[kPanel] = {};
+    if (args.residual.data != nullptr) {
+      const int64_t stride = args.residual.stride[1];
+      widen(residual, args.residual, (row + r) * args.residual.stride[0] + first * stride, stride, outputs);
+    }
+    for (int j = 0; j < width; j += kLanes) {
+      F32 y = activate(args.activation, load_bytes<F32>(sum + j) + load_bytes<F32>(bias + j));
+      if (args.weight.gated) y *= load_bytes<F32>(sum + width + j) + load_bytes<F32>(bias + width + j);
+      if (args.residual.data != nullptr) y += load_bytes<F32>(residual + j);
+      std::memcpy(sum + j, &y, sizeof y);
+    }
+    alignas(64) char copy[kPanel * sizeof(float)];
+    const int64_t size = size_of(args.out.dtype), stride = args.out.stride[1];
+    narrow(copy, args.out.dtype, sum);
+    char* const to = static_cast<char*>(args.out.data) + ((row + r) * args.out.stride[0] + first * stride) * size;
+    copy_elements(to, stride, copy, 1, outputs, size);
+  }
+}
+
+}  // namespace
+
+void linear_decode_rows(const LinearDecodeArgs& args, int64_t begin, int64_t end) {
+  const LinearRow layout(args);
+  for (int64_t row = begin; row < end; ++row) make_row(args, layout, row);
+}
+
+void linear_decode(const LinearDecodeArgs& args, int64_t begin, int64_t end) {
+  const LinearRow layout(args);
+  const PackedLinear& weight = args.weight;
+  const auto bfloat16 = kAddsPairs && layout.words == 1 ? multiply_panel<BFloat16Weights<kAddsPairs>>
+                                                        : multiply_panel<BFloat16Weights<false>>;
+  const auto multiply = weight.format == WeightFormat::kFloat32    ? multiply_panel<Float32Weights>
+                        : weight.format == WeightFormat::kBFloat16 ? bfloat16
+                        : weight.format == WeightFormat::kInt8
+                            ? layout.words == 1 ? multiply_panel<Codes<8, 1>> : multiply_panel<Codes<8, 2>>
+                        : layout.words == 1 ? multiply_panel<Codes<4, 1>>
+                                            : multiply_panel<Codes<4, 2>>;
+  const int64_t units = weight.quantised()                         ? layout.chunks
+                        : weight.format == WeightFormat::kBFloat16 ? weight.padded_inputs() / 2
+                                                                   : weight.inputs;
+  for (int64_t index = begin; index < end; ++index) {
+    const char* const panel = static_cast<const char*>(weight.data) + index * weight.panel_bytes();
+    for (int64_t row = 0; row < args.rows; row += kRowsTogether) {
+      const int rows = static_cast<int>(std::min<int64_t>(kRowsTogether, args.rows - row));
+      alignas(64) float sums[kRowsTogether * kPanel];
+      std::fill_n(sums, rows * kPanel, 0.0f);
+      multiply(args, layout, panel, units, row, rows, sums);
+      if (weight.quantised()) {
+        for (int r = 0; r < rows; ++r) add_special(args, layout, panel, row + r, sums + r * kPanel);
+      }
+      finish_panel(args, index, row, rows, sums);
+    }
+  }
+}
+
+}  // namespace pygen::PYGEN_ISA

@@ -1,0 +1,215 @@
+"""linear_decode: y = x W^T for a few rows of x, at the speed of reading W, which is packed once.
+
+With the norm before it and the activation, the gate and the residual behind it: what a decoder's layer is made of,
+beside its attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pygen import _C  # noqa: F401  (registers the operator)
+from pygen.ops.backend import use_reference
+from pygen.ops.packed_linear import FORMATS, PackedLinear, pack_linear
+from pygen.ops.spec import Example, OpSpec, tensor_bytes
+
+_BACKENDS = ("reference", "cpu")
+Activation = Literal["none", "silu", "gelu_tanh"]
+Norm = Literal["none", "rms", "layer"]
+
+
+def linear_decode(
+    x: Tensor,
+    weight: PackedLinear,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: Activation = "none",
+    norm: Norm = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+) -> Tensor:
+    """activation(norm(x) W^T + bias) + residual; where the weight is gated, activation(gate) * up + residual.
+
+    Computed in float32 or better and rounded once, but for the normed rows against bfloat16 weights: where x is
+    bfloat16, they are too. A row's bits do not depend on the rows beside it, however many, on the number of threads or
+    on the instruction set (but for bfloat16's subnormal products, which the BF16 dot product takes for 0).
+
+    Args:
+        x: (..., inputs), float32, bfloat16 or float16, of any strides.
+        weight: as ``pack_linear`` makes it.
+        bias: (outputs,), or (2 outputs,), the gate's first; in x's dtype or float32.
+        residual: (..., outputs), in x's dtype.
+        activation: "none", "silu" or "gelu_tanh".
+        norm: "none", "rms" (Zhang & Sennrich 2019) or "layer" (Ba et al. 2016), over the inputs of each row.
+        norm_weight, norm_bias: (inputs,), in x's dtype or float32; 1 and 0 where None.
+        eps: added to the mean square, or the variance.
+        out: (..., outputs), in x's dtype; may be ``residual``. New where left out.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if out is None:
+        out = x.new_empty(*x.shape[:-1], weight.outputs)
+    if use_reference("linear_decode", _BACKENDS, x.device):
+        arguments = (x, weight, bias, residual, activation, norm, norm_weight, norm_bias, eps)
+        return out.copy_(linear_decode_reference(*arguments)[0])
+    rows, to = x, out
+    if x.dim() > 2:
+        rows, to = x.flatten(0, -2), out.view(-1, out.shape[-1])
+        residual = None if residual is None else residual.flatten(0, -2)
+    _kernel(rows, *weight, bias, residual, activation, norm, norm_weight, norm_bias, eps, to)
+    return out
+
+
+def linear_decode_reference(
+    x: Tensor,
+    weight: PackedLinear,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Activation = "none",
+    norm: Norm = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor]:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    bias, residual, norm_weight, norm_bias = (
+        None if tensor is None else tensor.to(compute) for tensor in (bias, residual, norm_weight, norm_bias)
+    )
+    row = x.to(compute)
+    if norm == "layer":
+        row = functional.layer_norm(row, row.shape[-1:], norm_weight, norm_bias, eps)
+    elif norm == "rms":
+        row = functional.rms_norm(row, row.shape[-1:], norm_weight, eps)
+        row = row if norm_bias is None else row + norm_bias
+    y = functional.linear(row, weight.unpack(compute), bias)
+    y, *up = y.chunk(2, dim=-1) if weight.gated else (y,)
+    if activation == "silu":
+        y = functional.silu(y)
+    elif activation == "gelu_tanh":
+        y = functional.gelu(y, approximate="tanh")
+    y = y * up[0] if up else y
+    return ((y if residual is None else y + residual).to(x.dtype),)
+
+
+_kernel = torch.ops.pygen.linear_decode.default
+
+
+@torch.library.register_fake("pygen::linear_decode")
+def _fake(*arguments: object) -> None:
+    return None
+
+
+def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With the operator's arguments: the parts of the weight, its data by the name `weight`."""
+
+    @wraps(function)
+    def flat(*, weight: Tensor, outputs: int, inputs: int, format: Any, group: int, **rest: Any) -> Any:
+        packed = PackedLinear(weight, outputs, inputs, format, group, rest.pop("zeros"), rest.pop("gated"))
+        return function(weight=packed, **rest)
+
+    return flat
+
+
+def _example(name: str, x: Tensor, weight: PackedLinear, **more: Any) -> Example:
+    arguments: dict[str, Any] = {"x": x} | weight._asdict()
+    arguments["weight"] = arguments.pop("data")
+    arguments |= {"bias": None, "residual": None, "activation": "none", "norm": "none"}
+    arguments |= {"norm_weight": None, "norm_bias": None, "eps": 1e-6}
+    out = torch.full((x.shape[0], weight.outputs), math.nan, dtype=x.dtype)
+    return Example(name, arguments | {"out": out} | more)
+
+
+def _weights(draw: Callable[..., Tensor], outputs: int, inputs: int, gated: bool = False) -> Iterator[tuple[str, Any]]:
+    """The same weight in every format."""
+    weight, up = draw(outputs, inputs), draw(outputs, inputs) if gated else None
+    for format in FORMATS:
+        for group in (0, 32, 64, 128) if format in ("int8", "int4") else (None,):
+            for symmetric in (True, False) if group is not None else (True,):
+                name = f"{format}, groups of {group}{'' if symmetric else ', zeros'}" if group is not None else format
+                yield name, pack_linear(weight, up, format=format, group=group, symmetric=symmetric)
+
+
+def _examples(dtype: torch.dtype) -> Iterator[Example]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    def x(rows: int, inputs: int) -> Tensor:
+        return draw(rows, inputs).to(dtype)
+
+    for outputs, inputs in ((1, 1), (33, 7), (40, 72), (70, 333)):
+        for name, weight in _weights(draw, outputs, inputs):
+            yield _example(f"odd sizes, {name}", x(2, inputs), weight)
+    for name, weight in _weights(draw, 48, 160):
+        for rows in (1, 3, 4, 9, 16, 17):
+            yield _example(f"rows, {name}", x(rows, 160), weight)
+        yield _example(f"large x, {name}", 1000 * x(3, 160), weight)
+        yield _example(f"small x, {name}", 1e-3 * x(3, 160), weight)
+        ramp = (x(3, 160) * 2.0 ** -torch.arange(160).div(8, rounding_mode="floor")).to(dtype)
+        yield _example(f"from large to small, {name}", ramp, weight)
+        special = x(6, 160)
+        special[0, 3], special[1, 159], special[2, 7] = math.nan, math.inf, -math.inf
+        special[3, 5:7], special[4] = torch.tensor([math.inf, -math.inf]).to(dtype), math.inf
+        yield _example(f"NaN and Inf, {name}", special, weight)
+        yield _example(f"zeros, {name}", torch.zeros(2, 160, dtype=dtype), weight)
+    for gated in (False, True):
+        for name, weight in _weights(draw, 45, 96, gated):
+            more = {"bias": draw(45 * (1 + gated)).to(dtype), "residual": x(5, 45)}
+            for activation in ("none", "silu", "gelu_tanh"):
+                name = f"{activation}{', gated' if gated else ''}, {weight.format}"
+                yield _example(name, x(5, 96), weight, activation=activation, **more)
+    for name, weight in _weights(draw, 40, 200):
+        parameters = {"norm_weight": draw(200).to(dtype), "norm_bias": draw(200), "eps": 1e-5}
+        for norm in ("rms", "layer"):
+            yield _example(f"{norm}, {name}", 3 * x(3, 200) + 1, weight, norm=norm, **parameters)
+            yield _example(f"{norm} alone, {name}", x(3, 200), weight, norm=norm)
+    layer = pack_linear(draw(64, 256), format="bfloat16")
+    yield _example("latents", x(4, 256), layer)
+    out = x(4, 64)
+    yield _example("in place", x(4, 256), layer, residual=out, out=out)
+    yield _example("no rows", x(0, 256), layer)
+    for name, weight in _weights(draw, 40, 200):
+        strided = torch.full((80, 5), math.nan, dtype=dtype)[::2].T
+        wide = x(5, 401)
+        yield _example(f"strided, {name}", wide[:, 1::2], weight, residual=x(40, 5).T, out=strided)
+        yield _example(f"misaligned, {name}", x(1, 601).flatten()[1:].view(3, 200), weight)
+
+
+def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
+    generator = torch.Generator().manual_seed(0)
+    for outputs, inputs in ((1024, 1024), (4096, 4096), (11008, 4096)):
+        weight = torch.randn(outputs, inputs, generator=generator) / math.sqrt(inputs)
+        x = torch.randn(1, inputs, generator=generator).to(dtype)
+        for format in FORMATS:
+            yield _example(f"{outputs}x{inputs}, {format}", x, pack_linear(weight, format=format))
+
+
+SPEC = OpSpec(
+    name="linear_decode",
+    function=_flat(linear_decode),
+    reference=_flat(lambda out, **arguments: linear_decode_reference(**arguments)),
+    operator=_kernel,
+    outputs=("out",),
+    backends=_BACKENDS,
+    examples=_examples,
+    bytes_moved=lambda example: tensor_bytes(
+        *(example.arguments[name] for name in ("x", "weight", "bias", "residual", "out"))
+    ),
+    flops=lambda example: 2 * example.arguments["inputs"] * example.arguments["out"].numel(),
+    benchmarks=_benchmarks,
+)

@@ -72,13 +72,22 @@ PYGEN_INLINE float block_max(const RowBlock& x) {
 // Adds delta to the green tokens of a block.
 PYGEN_INLINE void add_green(const GreenList& list, float delta, int block, RowBlock& x) {
   const F32 zero{}, raised = splat(delta, zero);
-  for (int i = 0; i < kRowBlock; i += static_cast<int>(kBlockElements)) {
-    U32 word[4];
-    philox_vectors((static_cast<uint64_t>(block) * kRowBlock + static_cast<uint64_t>(i)) / 4, list.key, word);
-    F32 bias[4];
-    for (int k = 0; k < 4; ++k) bias[k] = select(word[k] < list.threshold, raised, zero);
-    in_order(bias);
-    for (int k = 0; k < 4; ++k) x.set(i + k * kLanes, x.vector(i + k * kLanes) + bias[k]);
+  const PhiloxRounds rounds(list.key.seed);
+  const uint64_t first = static_cast<uint64_t>(block) * kRowBlock / 4;
+  constexpr int kStep = kWays * static_cast<int>(kBlockElements);
+  static_assert(kRowBlock % kStep == 0);
+  for (int i = 0; i < kRowBlock; i += kStep) {
+    U32 word[kWays][4];
+    philox_vectors(first + static_cast<uint64_t>(i) / 4, list.key, rounds, word);
+    for (int v = 0; v < kWays; ++v) {
+      F32 bias[4];
+      for (int k = 0; k < 4; ++k) bias[k] = select(word[v][k] < list.threshold, raised, zero);
+      in_order(bias);
+      for (int k = 0; k < 4; ++k) {
+        const int at = i + (4 * v + k) * kLanes;
+        x.set(at, x.vector(at) + bias[k]);
+      }
+    }
   }
 }
 

@@ -38,14 +38,22 @@ void widen(float* to, const Operand& operand, int64_t offset, int64_t stride, in
   }
 }
 
-// The sum of term(x) over a row, in double, by 16 partial sums.
+// The sum of term(x) over a row, in double, by 16 partial sums, whatever the width of a vector.
 template <class Term>
 double row_sum(const float* x, int64_t count, Term term) {
-  constexpr int kPartials = 16;
-  double sum[kPartials] = {};
-  for (int64_t i = 0; i < count; i += kPartials) {
-    for (int j = 0; j < kPartials; ++j) sum[j] += i + j < count ? term(static_cast<double>(x[i + j])) : 0.0;
+  typedef double F64 __attribute__((vector_size(4 * kLanes)));
+  typedef float Half __attribute__((vector_size(2 * kLanes)));
+  constexpr int kPartials = 16, kHalf = kLanes / 2;
+  F64 partial[kPartials / kHalf] = {};
+  int64_t i = 0;
+  for (; i + kPartials <= count; i += kPartials) {
+    for (int j = 0; j < kPartials / kHalf; ++j) {
+      partial[j] += term(__builtin_convertvector(load_bytes<Half>(x + i + j * kHalf), F64));
+    }
   }
+  double sum[kPartials];
+  std::memcpy(sum, partial, sizeof sum);
+  for (int j = 0; i + j < count; ++j) sum[j] += term(static_cast<double>(x[i + j]));
   for (int width = kPartials / 2; width > 0; width /= 2) {
     for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
   }
@@ -55,8 +63,8 @@ double row_sum(const float* x, int64_t count, Term term) {
 void normalise(const LinearDecodeArgs& args, float* x) {
   const int64_t count = args.weight.inputs;
   const bool centered = args.norm == LinearNorm::kLayer;
-  const double mean = centered ? row_sum(x, count, [](double v) { return v; }) / static_cast<double>(count) : 0.0;
-  const double square = row_sum(x, count, [&](double v) { return (v - mean) * (v - mean); });
+  const double mean = centered ? row_sum(x, count, [](auto v) { return v; }) / static_cast<double>(count) : 0.0;
+  const double square = row_sum(x, count, [&](auto v) { return (v - mean) * (v - mean); });
   // std::sqrt may call the library.
   const double deviation = _mm_cvtsd_f64(_mm_sqrt_pd(_mm_set1_pd(square / static_cast<double>(count) + args.eps)));
   // Next to the mean, x - center is exact.
@@ -76,7 +84,7 @@ void normalise(const LinearDecodeArgs& args, float* x) {
       v = fma(v - center, splat(factor, v), splat(offset, v));
       if (args.norm_weight.data != nullptr) v *= load_bytes<F32>(weight + j);
       if (args.norm_bias.data != nullptr) v += load_bytes<F32>(bias + j);
-      std::memcpy(x + i + j, &v, std::min<int64_t>(kLanes, here - j) * sizeof(float));
+      std::memcpy(x + i + j, &v, sizeof v);
     }
   }
 }
@@ -85,6 +93,18 @@ void normalise(const LinearDecodeArgs& args, float* x) {
 template <int... kLane>
 PYGEN_INLINE U16 swap_middle(U16 v, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(v, v, ((kLane & ~3) | (kLane & 1) << 1 | (kLane >> 1 & 1))...);
+}
+
+// Of all lanes by a commutative operation, in each of them.
+template <int kBy, class V, int... kLane>
+PYGEN_INLINE V rotate(V v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, ((kLane + kBy) % kLanes)...);
+}
+template <int kBy = kLanes / 2, class V, class Op>
+PYGEN_INLINE V across(V v, Op op) {
+  v = op(v, rotate<kBy>(v, std::make_integer_sequence<int, kLanes>{}));
+  if constexpr (kBy > 1) v = across<kBy / 2>(v, op);
+  return v;
 }
 
 // To the nearest whole number, |v| < 2^22.
@@ -100,11 +120,8 @@ void to_words(const LinearDecodeArgs& args, const LinearRow& layout, const float
     special |= infinity(v);
     most = max(select(infinity(v), F32{}, from_unsigned(to_unsigned(v) & 0x7fffffffu)), most);
   }
-  float largest = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, most[lane]);
-  uint32_t exponent;
-  std::memcpy(&exponent, &largest, sizeof exponent);
-  exponent = std::max(exponent >> 23, 30u);  // biased; below 2^-97 nothing is told apart
+  const float largest = across(most, [](F32 a, F32 b) __attribute__((always_inline)) { return max(a, b); })[0];
+  const uint32_t exponent = std::max(bits<uint32_t>(largest) >> 23, 30u);  // biased; below 2^-97 nothing is told apart
   const F32 up = from_unsigned(U32{} + ((268 - exponent) << 23));
   chunk.scale = from_unsigned(U32{} + ((exponent - (layout.words == 2 ? 29 : 14)) << 23))[0];
   chunk.special = lanes_of(special) != 0;
@@ -125,8 +142,8 @@ void to_words(const LinearDecodeArgs& args, const LinearRow& layout, const float
     }
   }
   for (int word = 0; word < 2; ++word) {
-    chunk.sum[word] = 0;
-    for (int lane = 0; lane < kLanes; ++lane) chunk.sum[word] += sum[word][lane];
+    const I32 all = across(sum[word], [](I32 a, I32 b) __attribute__((always_inline)) { return a + b; });
+    chunk.start[word] = -all[0] * args.weight.middle();
   }
 }
 
@@ -137,8 +154,8 @@ void make_row(const LinearDecodeArgs& args, const LinearRow& layout, int64_t row
   for (int64_t i = 0; i < inputs; i += kBlock) {
     widen(x + i, args.x, row * args.x.stride[0] + i * args.x.stride[1], args.x.stride[1], std::min(kBlock, inputs - i));
   }
-  std::fill(x + inputs, x + layout.inputs, 0.0f);
   if (args.norm != LinearNorm::kNone) normalise(args, x);
+  std::fill(x + inputs, x + layout.inputs, 0.0f);
   uint16_t* const words = reinterpret_cast<uint16_t*>(scratch + layout.words_at);
   if (args.weight.quantised()) {
     LinearChunk* const chunks = reinterpret_cast<LinearChunk*>(scratch + layout.chunks_at);
@@ -296,26 +313,33 @@ struct Codes {
 
   template <int kRows>
   static void multiply(const Tile& tile) {
-    const PackedLinear& weight = tile.args.weight;
+    const PackedLinear weight = tile.args.weight;  // copies, which no store of a sum can change
+    const LinearRow layout = tile.layout;
     const bool one_group = weight.group > LinearRow::kChunk;
-    const int64_t group_bytes = weight.header_bytes() + weight.code_bytes();
-    const int64_t chunk_bytes = tile.layout.chunk * kPanel * kBits / 8;
-    for (int64_t c = tile.begin; c < tile.end; ++c) {
-      const char* header = tile.panel + (one_group ? 0 : c * group_bytes) + tile.column % (kPanel / 2) * 4;
-      const char* line =
-          tile.panel + weight.header_bytes() + c * (one_group ? chunk_bytes : group_bytes) + tile.column * 4;
-      const int64_t first = c * tile.layout.chunk;
-      const int64_t lines = std::min(tile.layout.chunk, weight.padded_inputs() - first) / (2 * kPairs);
-      const int32_t* x[kRows][kWords];
-      I32 dot[kRows][kWords][kTile] = {};
+    const int64_t header_bytes = weight.header_bytes(), group_bytes = header_bytes + weight.code_bytes();
+    const int64_t chunk_bytes = one_group ? layout.chunk * kPanel * kBits / 8 : group_bytes;
+    const char* header = tile.panel + (one_group ? 0 : tile.begin * group_bytes) + tile.column % (kPanel / 2) * 4;
+    const char* codes = tile.panel + header_bytes + tile.begin * chunk_bytes + tile.column * 4;
+    const int32_t* x[kRows][kWords];
+    const LinearChunk* chunks[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      for (int word = 0; word < kWords; ++word) {
+        x[r][word] = tile.row<int32_t>(r, layout.words_at + word * layout.inputs * 2);
+      }
+      chunks[r] = tile.row<LinearChunk>(r, layout.chunks_at);
+    }
+    float* const sums = tile.sum;
+    for (int64_t c = tile.begin; c < tile.end; ++c, codes += chunk_bytes, header += one_group ? 0 : group_bytes) {
+      I32 dot[kRows][kWords][kTile];
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const LinearChunk& chunk = tile.row<LinearChunk>(r, tile.layout.chunks_at)[c];
         for (int word = 0; word < kWords; ++word) {
-          x[r][word] = tile.row<int32_t>(r, tile.layout.words_at + (word * tile.layout.inputs + first) * 2);
-          for (int t = 0; t < kTile; ++t) dot[r][word][t] -= chunk.sum[word] * weight.middle();
+          for (int t = 0; t < kTile; ++t) dot[r][word][t] = I32{} + chunks[r][c].start[word];
         }
       }
-      for (int64_t i = 0; i < lines; ++i, line += kLine) {
+      const int64_t first = c * layout.chunk, end = std::min(first + layout.chunk, weight.padded_inputs()) / 2;
+      const char* line = codes;
+      for (int64_t k = first / 2; k < end; k += kPairs, line += kLine) {
         U32 w[kTile];
         for (int t = 0; t < kTile; ++t) {
           w[t] = load_bytes<U32>(line + t * sizeof(U32));
@@ -323,9 +347,10 @@ struct Codes {
         }
 #pragma GCC unroll 4
         for (int p = 0; p < kPairs; ++p) {
+#pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
             for (int word = 0; word < kWords; ++word) {
-              const U32 v = U32{} + static_cast<uint32_t>(x[r][word][i * kPairs + p]);
+              const U32 v = U32{} + static_cast<uint32_t>(x[r][word][k + p]);
               for (int t = 0; t < kTile; ++t) {
                 dot[r][word][t] = add_products(dot[r][word][t], pair(w[t], p), v);
               }
@@ -333,25 +358,27 @@ struct Codes {
           }
         }
       }
+#pragma GCC unroll 2
       for (int t = 0; t < kTile; ++t) {
         const bool second = tile.column + t * kLanes >= kPanel / 2;
         const auto numbers = [&](int64_t offset) __attribute__((always_inline)) {
-          const int64_t at = (t * kLanes) % (kPanel / 2) * 4;
-          const U32 both = load_bytes<U32>(header + offset + at);
+          const U32 both = load_bytes<U32>(header + offset + t * kLanes % (kPanel / 2) * 4);
           return from_unsigned(second ? both & 0xffff0000u : both << 16);
         };
         const F32 scale = numbers(0);
-        const F32 zero = weight.zeros ? numbers(64) - static_cast<float>(weight.middle()) : F32{};
+        const float middle = static_cast<float>(weight.middle());
+        const F32 zero = weight.zeros ? (numbers(64) - middle) * (1.0f / middle) : F32{};
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const LinearChunk& chunk = tile.row<LinearChunk>(r, tile.layout.chunks_at)[c];
           F32 value[kWords];
           for (int word = 0; word < kWords; ++word) {
             value[word] = to_float(dot[r][word][t]);
-            if (weight.zeros) value[word] = fma(zero, splat(static_cast<float>(-chunk.sum[word]), zero), value[word]);
+            const float start = static_cast<float>(chunks[r][c].start[word]);
+            if (weight.zeros) value[word] = fma(zero, splat(start, zero), value[word]);
           }
           if constexpr (kWords == 2) value[0] = fma(value[0], splat(0x1p15f, scale), value[1]);
-          float* const at = tile.sum + r * kPanel + t * kLanes;
-          const F32 sum = fma(value[0], scale * chunk.scale, load_bytes<F32>(at));
+          float* const at = sums + r * kPanel + t * kLanes;
+          const F32 sum = fma(value[0], scale * chunks[r][c].scale, load_bytes<F32>(at));
           std::memcpy(at, &sum, sizeof sum);
         }
       }

@@ -35,8 +35,8 @@ struct LinearDecodeArgs {
 // A chunk of a row against codes: x = scale * (2^15 upper + lower), or scale * upper.
 struct LinearChunk {
   float scale;
-  int32_t sum[2];   // of the upper words, and of the lower ones
-  int32_t special;  // whether the chunk holds numbers that are not finite
+  int32_t start[2];  // the upper words' sum times minus the codes' middle, and the lower ones'
+  int32_t special;   // whether the chunk holds numbers that are not finite
 };
 
 // Where a row's parts lie in the scratch memory.

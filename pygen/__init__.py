@@ -18,6 +18,7 @@ from pygen.ops.philox_normal import philox_normal
 from pygen.ops.posterior_token import posterior_token
 from pygen.ops.rope import rope, rope_frequencies, rope_table
 from pygen.ops.route_token import route_token
+from pygen.ops.row_norm import layer_norm, rms_norm
 from pygen.ops.sample_gram import sample_gram
 from pygen.ops.token_confidence import token_confidence
 from pygen.ops.unmask_step import unmask_step
@@ -48,6 +49,11 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "rope_table",
+    "layer_norm",
+    "philox_normal",
+    "plan",
+    "posterior_token",
+    "rms_norm",
     "route_token",
     "sample",
     "sample_gram",

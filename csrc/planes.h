@@ -9,9 +9,10 @@
 namespace pygen {
 
 template <class T>
-constexpr at::ScalarType kPlaneType = std::is_same_v<std::remove_const_t<T>, bool>    ? at::kBool
-                                      : std::is_same_v<std::remove_const_t<T>, float> ? at::kFloat
-                                                                                      : at::kLong;
+constexpr at::ScalarType kPlaneType = std::is_same_v<std::remove_const_t<T>, bool>      ? at::kBool
+                                      : std::is_same_v<std::remove_const_t<T>, float>   ? at::kFloat
+                                      : std::is_same_v<std::remove_const_t<T>, int32_t> ? at::kInt
+                                                                                        : at::kLong;
 
 // A tensor of shape (samples, positions); `const T` is read, T is written.
 template <class T>
@@ -55,10 +56,9 @@ inline PhiloxSettings philox_settings(const char* op, const std::optional<at::Te
                                       const std::optional<at::Tensor>& step,
                                       const std::optional<at::Tensor>& sample_ids, int64_t samples, at::Device device) {
   if (!seed.has_value()) return {};
-  check_index(op, "seed", *seed, at::kLong, device);
-  TORCH_CHECK_VALUE(seed->numel() == 1, op, ": seed must hold one number, got shape ", seed->sizes());
-  return {seed->const_data_ptr<int64_t>(), setting<int64_t>(op, "step", step, samples, device),
-          setting<int64_t>(op, "sample_ids", sample_ids, samples, device)};
+  const Setting<int64_t> seeds = setting<int64_t>(op, "seed", seed, samples, device);
+  return {seeds.data, setting<int64_t>(op, "step", step, samples, device),
+          setting<int64_t>(op, "sample_ids", sample_ids, samples, device), seeds.stride};
 }
 
 // The samples' numbers of a setting lie in [least, most], where the host can read them.

@@ -8,6 +8,7 @@ DRAW_POSTERIOR: int
 DRAW_ROUTE: int
 DRAW_WATERMARK: int
 DRAW_VERIFY: int
+DRAW_SAMPLE: int
 CUDA_BUILT: bool
 
 def isa() -> str: ...

@@ -20,6 +20,7 @@ from pygen.ops.rope import rope, rope_frequencies, rope_table
 from pygen.ops.route_token import route_token
 from pygen.ops.row_norm import layer_norm, rms_norm
 from pygen.ops.sample_gram import sample_gram
+from pygen.ops.sample_token import TokenInfo, sample_token
 from pygen.ops.token_confidence import token_confidence
 from pygen.ops.unmask_step import unmask_step
 from pygen.ops.verify_draft import verify_draft
@@ -31,6 +32,7 @@ __all__ = [
     "PackedLinear",
     "StepPlan",
     "WatermarkScore",
+    "TokenInfo",
     "accelerate",
     "affine_step",
     "backend",
@@ -58,6 +60,7 @@ __all__ = [
     "sample",
     "sample_gram",
     "swiglu",
+    "sample_token",
     "token_confidence",
     "unmask_step",
     "verify_draft",

@@ -33,6 +33,8 @@ struct OperandRow {
   }
   char* place(int block) const { return data + int64_t{block} * kRowBlock * stride * size_of(dtype); }
 
+  float one(int64_t index) const { return load_one(data + index * stride * size_of(dtype), dtype); }
+
   // What lies beyond the row is `pad`.
   void load(int block, RowBlock& to, float pad) const {
     alignas(64) char copy[kRowBlock * sizeof(float)];
@@ -89,6 +91,12 @@ PYGEN_INLINE void add_green(const GreenList& list, float delta, int block, RowBl
       }
     }
   }
+}
+
+PYGEN_INLINE bool has_nan(const RowBlock& x) {
+  I32 nan = {};
+  for (int i = 0; i < kRowBlock; i += kLanes) nan |= x.vector(i) != x.vector(i);
+  return lanes_of(nan) != 0;
 }
 
 // The sum of `count` numbers, a power of two, by halves.

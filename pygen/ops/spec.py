@@ -53,8 +53,24 @@ def tensor_bytes(*tensors: Tensor | None) -> int:
 
 
 def index_tensor(value: int | Tensor, device: torch.device) -> Tensor:
-    """A number that kernels read through a pointer: an int64 tensor as it is, an int (modulo 2^64) as a new one."""
+    """A number that kernels read through a pointer: an int64 tensor as it is, an int (modulo 2^64) as a constant."""
     if isinstance(value, Tensor):
         return value
     value &= 0xFFFFFFFFFFFFFFFF
-    return torch.full((1,), value - (1 << 64) if value >> 63 else value, dtype=torch.int64, device=device)
+    return constant(value - (1 << 64) if value >> 63 else value, torch.int64, device)
+
+
+_constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor that is only ever read. On a CPU it is made once; elsewhere filled in without waiting for it."""
+    if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return torch.full((1,), value, dtype=dtype, device=device)
+    key = (value, dtype, device)
+    tensor = _constants.get(key)
+    if tensor is None:
+        if len(_constants) >= 1024:
+            _constants.clear()
+        tensor = _constants[key] = torch.full((1,), value, dtype=dtype, device=device)
+    return tensor

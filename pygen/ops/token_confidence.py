@@ -16,7 +16,7 @@ from torch import Tensor
 from pygen import _C
 from pygen.ops.backend import use_reference
 from pygen.ops.philox_normal import philox_words
-from pygen.ops.spec import Example, OpSpec, index_tensor, tensor_bytes
+from pygen.ops.spec import Example, OpSpec, constant, index_tensor, tensor_bytes
 
 _BACKENDS = ("reference", "cpu", "cuda")
 _WORD = 0xFFFFFFFF
@@ -51,7 +51,7 @@ def token_confidence(
         top_p: keeps, of what top_k left, the smallest set of largest probability whose mass exceeds p (Holtzman et al.
             2020), of equal logits the first ones; one, or float32 (batch,).
         noise: standard exponentials E of the logits' shape: the token is argmax p / E, as torch.multinomial's. Or
-        seed: int64, one element: a uniform number per position, drawn by Philox with ``step`` (one, or (batch,)) and
+        seed: int64, one element or (batch,): a uniform number per position, drawn by Philox with ``step`` (one, or (batch,)) and
             ``sample_ids`` ((batch,), else 0, 1, 2, ...) and inverted through the cumulative probabilities.
         untempered: prob and log_prob are those at temperature 1.
         token: int64 (batch, positions), receives the tokens; new where left out.
@@ -88,10 +88,8 @@ def token_confidence(
 
 
 def setting_tensor(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """A setting that kernels read through a pointer; a number is filled in on the device, without waiting for it."""
-    if value is None or isinstance(value, Tensor):
-        return value
-    return torch.full((1,), value, dtype=dtype, device=device)
+    """A setting that kernels read through a pointer."""
+    return value if value is None or isinstance(value, Tensor) else constant(value, dtype, device)
 
 
 def token_confidence_reference(
@@ -159,7 +157,7 @@ def position_words(
     ids = torch.arange(batch, device=seed.device) if sample_ids is None else sample_ids
     steps = torch.zeros_like(seed) if step is None else step
     counter = (block & _WORD, block >> 32 & 0xFFFF | draw << 16, steps.reshape(-1, 1) & _WORD, ids[:, None] & _WORD)
-    return philox_words(torch.broadcast_tensors(*counter), seed)
+    return philox_words(torch.broadcast_tensors(*counter), seed.reshape(-1, 1))
 
 
 def uniform_reference(

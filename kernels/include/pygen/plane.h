@@ -24,10 +24,11 @@ struct Setting {
   PYGEN_INLINE T at(int64_t sample, T otherwise) const { return data == nullptr ? otherwise : data[sample * stride]; }
 };
 
-// Noise by Philox: one seed, and a step and an id per sample (0, and the sample's index, where null).
+// Noise by Philox: a seed, a step and an id per sample (the latter 0, and the sample's index, where null).
 struct PhiloxSettings {
   const int64_t* seed;
   Setting<int64_t> step, sample_ids;
+  int64_t seed_stride;
 };
 
 // A watermark's green lists (green_list.h): what they are made of besides the tokens before.
@@ -41,5 +42,13 @@ struct GreenSettings {
 // A row of logits is cut into blocks of kRowBlock (token_row.h).
 inline constexpr int kRowBlock = 1024;
 inline constexpr int kMaxRowBlocks = 1024;
+
+// Of one block of logits l, with m = max l and x = rate (l - m).
+struct BlockSummary {
+  float max;                // m
+  float others;             // max l but for one element, where wanted
+  float key;                // max exp(x) / noise, where a race decides
+  double sum, raw, moment;  // sums of exp(x), and where wanted of exp(l - m) and of exp(x) x
+};
 
 }  // namespace pygen

@@ -28,6 +28,7 @@ typedef float F32 __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
 typedef uint64_t U64 __attribute__((vector_size(4 * kLanes)));  // half as many lanes
+typedef double F64 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t U8 __attribute__((vector_size(kLanes)));
 typedef int8_t I8 __attribute__((vector_size(kLanes)));
@@ -64,6 +65,26 @@ PYGEN_INLINE uint32_t lanes_of(I32 condition) {
   return _mm256_movemask_ps(bits<__m256>(condition));
 #else
   return _mm_movemask_ps(bits<__m128>(condition));
+#endif
+}
+
+// Stores the lanes named by bits one after the other; writes up to a whole vector.
+PYGEN_INLINE void compress(void* to, F32 value, uint32_t lanes) {
+#if defined(__AVX512F__)
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), value));
+#else
+  for (auto* next = static_cast<float*>(to); lanes != 0; lanes &= lanes - 1) *next++ = value[__builtin_ctz(lanes)];
+#endif
+}
+
+// The two halves of a vector, widened.
+PYGEN_INLINE void to_double(F32 v, F64 (&half)[2]) {
+#if defined(__AVX512F__)
+  half[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(v)), half[1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+#elif defined(__AVX2__)
+  half[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(v)), half[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+#else
+  half[0] = _mm_cvtps_pd(v), half[1] = _mm_cvtps_pd(_mm_movehl_ps(v, v));
 #endif
 }
 

@@ -15,14 +15,6 @@ inline constexpr int kRowGroup = 32;      // cumulative sums run over groups of 
 inline constexpr int kHistogramBins = 2048;  // the digits of a radix selection: 11, 11 and 10 bits
 inline constexpr float kInfinity = __builtin_inff();
 
-// Of one block of logits l, with m = max l and x = rate (l - m).
-struct BlockSummary {
-  float max;                // m
-  float others;             // max l but for one element, where wanted
-  float key;                // max exp(x) / noise, where a race decides
-  double sum, raw, moment;  // sums of exp(x), and where wanted of exp(l - m) and of exp(x) x
-};
-
 // Of a row, joined from its blocks.
 struct RowSummary {
   float max, others;
@@ -95,7 +87,7 @@ PYGEN_INLINE int pick(int begin, int end, double target, double& before, Weight 
 }
 
 PYGEN_INLINE PhiloxKey philox_key(const PhiloxSettings& settings, int64_t sample, uint32_t draw) {
-  return {static_cast<uint64_t>(*settings.seed), draw, static_cast<uint32_t>(settings.step.at(sample, 0)),
+  return {static_cast<uint64_t>(settings.seed[sample * settings.seed_stride]), draw, static_cast<uint32_t>(settings.step.at(sample, 0)),
           static_cast<uint32_t>(settings.sample_ids.at(sample, sample))};
 }
 
@@ -106,8 +98,18 @@ PYGEN_INLINE uint32_t ordered_from_bits(uint32_t bits) {
 }
 PYGEN_INLINE uint32_t bits_from_ordered(uint32_t key) { return key >> 31 != 0u ? key & 0x7fffffffu : ~key; }
 
-// A probability relative to the largest, as an integer: sums of those depend on no order.
-PYGEN_INLINE uint64_t fixed_weight(float weight) { return weight > 0.0f ? static_cast<uint64_t>(weight * 0x1p40f) : 0; }
+// A probability relative to the largest as a multiple of 2^-40, the nearest: sums of those depend on no order. At 2^12 a
+// double's last bit is worth as much.
+inline constexpr double kFixedOne = 0x1p12;
+inline constexpr uint64_t kFixedZero = 0x40b0000000000000u;  // its bits
+inline constexpr int kFixedBits = 40;
+PYGEN_INLINE uint64_t fixed_weight(float weight) {
+  if (!(weight > 0.0f)) return 0;
+  const double shifted = kFixedOne + static_cast<double>(weight);
+  uint64_t all;
+  memcpy(&all, &shifted, sizeof all);
+  return all - kFixedZero;
+}
 
 // The radix selection of the element at which a running sum of integer weights, largest logits first, exceeds `target`:
 // three histograms of digits, each over the elements that share the digits before.

@@ -7,7 +7,6 @@
 namespace pygen::PYGEN_ISA {
 namespace {
 
-inline constexpr float kLeastFinite = -0x1.fffffep127f;
 inline constexpr int64_t kFirstList = 2048;  // candidates that are listed before the first look at what may be dropped
 
 struct Row : SampleRow {
@@ -96,18 +95,6 @@ struct Row : SampleRow {
 
   // ---- One part of a row: its blocks' summaries, and its candidates ------------------------------------------------
 
-  // No logit below this is kept, whatever comes after the blocks that are summed up in `most` and `sum`.
-  float bound(float most, double sum) const {
-    double exponent = -1e30;
-    if (top_k == 0 && top_p < 1.0f) {  // all at or below weigh no more than half of what top-p removes
-      exponent = log_double(0.5 * (1.0 - top_p) * sum / static_cast<double>(args.vocabulary));
-    }
-    if (min_p > 0.0f && !(top_k > 0 && top_p < 1.0f)) {  // whose shares are of all that top-k keeps
-      exponent = std::max<double>(exponent, least_exponent() - 0.01);
-    }
-    return static_cast<float>(std::max<double>(most + exponent * temperature, kLeastFinite));
-  }
-
   void scan(int64_t part) const {
     if (history > 0) sort_history(part);
     const bool listing = filtered(), raw = args.raw_log_prob.data != nullptr;
@@ -134,7 +121,7 @@ struct Row : SampleRow {
       }
       if (list.count < enough) continue;
       list.close();
-      least = std::max(least, bound(most, sum));
+      least = std::max(least, bound(most, sum, args.vocabulary));
       if (top_k > 0 && list.count >= top_k) least = std::max(least, rank(list, scratch(part)));
       list.keep([&](F32 l, I32) { return l >= least; });
       enough = std::max(kFirstList, 2 * list.count);
@@ -169,7 +156,7 @@ struct Row : SampleRow {
   Candidates filter(const RowSummary& whole) const {
     Candidates list = candidates(0);
     list.count = 0;
-    const float most = whole.max, least = bound(most, whole.sum);
+    const float most = whole.max, least = bound(most, whole.sum, args.vocabulary);
     for (int64_t part = 0; part < args.parts; ++part) {
       list.append(candidates(part), [&](F32 l, I32) { return l >= least; });
     }

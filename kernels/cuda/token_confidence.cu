@@ -36,66 +36,28 @@ struct Row {
 
 struct Selection {
   const Row& row;
-  int64_t vocabulary;
-  uint64_t* histogram;  // kHistogramBins, in shared memory
+  RowSelection all;
   Kept kept = kKeepAll;
 
-  // Calls visit(logit, index) for every element, eight neighbours to a thread at a time.
+  // Calls visit(logit, index) for every element; one that is dropped is -inf.
   template <class Visit>
   PYGEN_INLINE void each(Visit visit) const {
-    for (int64_t first = threadIdx.x * 8; first < vocabulary; first += kRowThreads * 8) {
-      float l[8];
-      row.logits.load(first, -kInfinity, l);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int index = static_cast<int>(first) + j;
-        if (index < vocabulary) visit(kept.drops(l[j], index) ? -kInfinity : l[j], index);
-      }
-    }
-  }
-
-  // radix_step by a warp, a lane to every 64 bins.
-  PYGEN_INLINE uint32_t step(int bits, uint64_t target, uint64_t& before) const {
-    const int lane = threadIdx.x % kWarp, per_lane = (1 << bits) / kWarp;
-    unsigned long long mine = 0;
-    for (int i = 0; i < per_lane; ++i) mine += histogram[lane * per_lane + i];
-    int group = kWarp - 1;
-    for (; group > 0; --group) {
-      const uint64_t weight = __shfl_sync(kWholeWarp, mine, group);
-      if (before + weight > target) break;
-      before += weight;
-    }
-    int digit = group * per_lane + per_lane - 1;
-    while (digit > 0 && before + histogram[digit] <= target) before += histogram[digit--];
-    return static_cast<uint32_t>(digit);
+    all.each([&](float logit, int index) { visit(kept.drops(logit, index) ? -kInfinity : logit, index); });
   }
 
   template <class Weight>
   PYGEN_INLINE Kept select_largest(uint64_t target, Weight weight, bool all_ties) const {
-    uint64_t before = 0, at_least = 0;
-    uint32_t prefix = 0;
-    for (int level = 0; level < 3; ++level) {
-      const RadixDigit digit = radix_digit(level);
-      for (int i = threadIdx.x; i < kHistogramBins; i += kRowThreads) histogram[i] = 0;
-      __syncthreads();
-      each([&](float logit, int) {
-        const uint32_t key = ordered_from_bits(to_unsigned(logit));
-        if (digit.holds(prefix, key)) {
-          atomicAdd(reinterpret_cast<unsigned long long*>(histogram + digit.digit(key)),
-                    static_cast<unsigned long long>(weight(logit)));
-        }
-      });
-      __syncthreads();
-      const uint32_t found = step(digit.bits, target, before);
-      at_least = histogram[found];
-      prefix = prefix << digit.bits | found;
-      __syncthreads();
-    }
-    Kept result{float_of(bits_from_ordered(prefix)), INT32_MAX};
+    const Selected last = all.select_largest(target, [&](float logit, int index, uint64_t& own) {
+      const float value = kept.drops(logit, index) ? -kInfinity : logit;
+      own = weight(value);
+      return value;
+    });
+    Kept result{last.value, INT32_MAX};
     const uint64_t each_weight = weight(result.least) > 0 ? weight(result.least) : 1;
     if (all_ties) return result;
-    uint64_t ties = ties_within(target - before, each_weight) + 1;
-    if (ties * each_weight >= at_least) return result;
+    uint64_t ties = ties_within(target - last.above, each_weight) + 1;
+    if (ties * each_weight >= last.equal) return result;
+    const int64_t vocabulary = all.row.count;
     for (int64_t first = 0; first < vocabulary; first += kRowThreads) {
       const int64_t index = first + threadIdx.x;
       const auto tied = [&](int64_t i) {
@@ -124,7 +86,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const int64_t top_k = args.top_k.at(row.sample, 0);
   const float top_p = args.top_p.at(row.sample, 1.0f);
   const bool by_count = top_k > 0 && top_k < args.vocabulary;
-  Selection selection{row, args.vocabulary, histogram};
+  Selection selection{row, {row.logits, histogram}};
   if (by_count || top_p < 1.0f) {
     if (threadIdx.x == 0) most_key = 0, total = 0;
     __syncthreads();

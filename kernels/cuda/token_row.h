@@ -176,6 +176,75 @@ PYGEN_INLINE int pick_in_groups(int n, double& fraction, int lane, Weight weight
   return chosen;
 }
 
+// What radix selection found among a row's elements: the value, the weight of all above it, and of all equal to it.
+struct Selected {
+  float value;
+  uint64_t above, equal;
+};
+
+// A block of threads looks at a whole row.
+struct RowSelection {
+  const OperandRow& row;
+  uint64_t* histogram;  // kHistogramBins, in shared memory
+
+  // Calls visit(logit, index) for every element, eight neighbours to a thread at a time.
+  template <class Visit>
+  PYGEN_INLINE void each(Visit visit) const {
+    for (int64_t first = threadIdx.x * 8; first < row.count; first += blockDim.x * 8) {
+      float l[8];
+      row.load(first, -kInfinity, l);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int index = static_cast<int>(first) + j;
+        if (index < row.count) visit(l[j], index);
+      }
+    }
+  }
+
+  // radix_step by a warp, a lane to every 64 bins.
+  PYGEN_INLINE uint32_t step(int bits, uint64_t target, uint64_t& before) const {
+    const int lane = threadIdx.x % kWarp, per_lane = (1 << bits) / kWarp;
+    unsigned long long mine = 0;
+    for (int i = 0; i < per_lane; ++i) mine += histogram[lane * per_lane + i];
+    int group = kWarp - 1;
+    for (; group > 0; --group) {
+      const uint64_t weight = __shfl_sync(kWholeWarp, mine, group);
+      if (before + weight > target) break;
+      before += weight;
+    }
+    int digit = group * per_lane + per_lane - 1;
+    while (digit > 0 && before + histogram[digit] <= target) before += histogram[digit--];
+    return static_cast<uint32_t>(digit);
+  }
+
+  // The element at which the running sum of weights, largest value first, exceeds `target`. element(logit, index, weight)
+  // gives its value and sets its weight.
+  template <class Element>
+  PYGEN_INLINE Selected select_largest(uint64_t target, Element element) const {
+    uint64_t before = 0, equal = 0;
+    uint32_t prefix = 0;
+    for (int level = 0; level < 3; ++level) {
+      const RadixDigit digit = radix_digit(level);
+      for (int i = threadIdx.x; i < kHistogramBins; i += blockDim.x) histogram[i] = 0;
+      __syncthreads();
+      each([&](float logit, int index) {
+        uint64_t weight = 0;
+        const uint32_t key = ordered_from_bits(to_unsigned(element(logit, index, weight)));
+        if (weight > 0 && digit.holds(prefix, key)) {
+          atomicAdd(reinterpret_cast<unsigned long long*>(histogram + digit.digit(key)),
+                    static_cast<unsigned long long>(weight));
+        }
+      });
+      __syncthreads();
+      const uint32_t found = step(digit.bits, target, before);
+      equal = histogram[found];
+      prefix = prefix << digit.bits | found;
+      __syncthreads();
+    }
+    return {float_of(bits_from_ordered(prefix)), before, equal};
+  }
+};
+
 // The first index below n at which `holds`, or the last.
 template <class Holds>
 PYGEN_INLINE int find_first(int n, int lane, Holds holds) {

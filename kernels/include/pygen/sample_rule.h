@@ -14,6 +14,8 @@ PYGEN_INLINE uint64_t mass_target(float share, double total) {
   return whole > 0 && static_cast<double>(whole) == wanted ? whole - 1 : whole;
 }
 
+inline constexpr float kLeastFinite = -0x1.fffffep127f;
+
 // What the settings say of one row. Values that no number may have act as the nearest that one may.
 struct SampleRow {
   int64_t row, top_k;
@@ -24,7 +26,7 @@ struct SampleRow {
   int64_t history;
 
   PYGEN_INLINE SampleRow(const SampleTokenArgs& args, int64_t row) : row(row) {
-    constexpr float kLeast = 0x1p-126f, kMost = 0x1.fffffep127f;
+    constexpr float kLeast = 0x1p-126f, kMost = -kLeastFinite;
     temperature = args.temperature.at(row, 1.0f);
     drawn = args.philox.seed != nullptr && temperature > 0.0f;
     if (!drawn) temperature = 1.0f;
@@ -48,13 +50,27 @@ struct SampleRow {
 
   PYGEN_INLINE bool filtered() const { return top_k > 0 || top_p < 1.0f || min_p > 0.0f || typical_p < 1.0f; }
   // Whether the logits are not those that the model gave.
-  static PYGEN_INLINE bool processed(const SampleTokenArgs& args) {
+  static bool processed(const SampleTokenArgs& args) {
     return args.bias.data != nullptr || args.previous.data != nullptr || args.bitmask.data != nullptr;
   }
   // Whether the sum over the whole row is wanted: it is not where a filter by rank or by the maximum comes first.
   PYGEN_INLINE bool sums(const SampleTokenArgs& args) const {
     if (!drawn) return args.log_prob.data != nullptr;
     return !filtered() || (top_k == 0 && top_p < 1.0f);
+  }
+
+  // No logit below this is kept, whatever follows blocks of which `most` is the maximum and `sum` the sum.
+  PYGEN_INLINE float bound(float most, double sum, int64_t vocabulary) const {
+    double exponent = -1e30;
+    if (top_k == 0 && top_p < 1.0f) {  // all at or below weigh no more than half of what top-p removes
+      exponent = log_double(0.5 * (1.0 - top_p) * sum / static_cast<double>(vocabulary));
+    }
+    if (min_p > 0.0f && !(top_k > 0 && top_p < 1.0f)) {  // whose shares are of all that top-k keeps
+      const double least = least_exponent() - 0.01;
+      exponent = least > exponent ? least : exponent;
+    }
+    const double logit = most + exponent * temperature;
+    return static_cast<float>(logit > kLeastFinite ? logit : kLeastFinite);
   }
 
   // A token that was met `count` times: Keskar et al. 2019, then the penalties of OpenAI's interface.

@@ -70,7 +70,7 @@ def _row_norm(
     residual_row = row_offset(row, middle, inner, residual_0, residual_1, residual_2)
     out_row = row_offset(row, middle, inner, out_0, out_1, out_2)
     residual_out_row = row_offset(row, middle, inner, residual_out_0, residual_out_1, residual_out_2)
-    column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
+    column = tl.arange(0, COLUMNS)[None, :]
 
     mean = tl.zeros([ROWS, 1], tl.float32)
     if CENTRED:
@@ -133,9 +133,9 @@ def row_strides(*tensors: Any) -> list[int]:
 
 
 def tile(elements: int, most: int) -> dict[str, int]:
-    """A row as far as it fits; where it is short, several."""
-    columns = min(triton.next_power_of_2(elements), most)
-    return {"ROWS": max(1, min(most // 4 // columns, 64)), "COLUMNS": columns}
+    """A row where it fits, with others where it is short; else a quarter of what fits."""
+    columns = triton.next_power_of_2(elements)
+    return {"ROWS": max(1, min(most // 4 // columns, 64)), "COLUMNS": columns if columns <= most else most // 4}
 
 
 def source(

@@ -51,7 +51,7 @@ def _row_norm_backward(
     COLUMNS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, COLUMNS).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
     sums_at = program * elements + column
     weight_sum = tl.zeros([COLUMNS], tl.float32)
     bias_sum = tl.zeros([COLUMNS], tl.float32)

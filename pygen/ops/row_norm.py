@@ -184,7 +184,8 @@ class _RowNorm(torch.autograd.Function):
         grad_x = torch.empty_like(x) if for_x or for_residual else None
         grad_weight = torch.empty_like(weight) if for_weight else None
         grad_bias = torch.empty_like(bias) if for_bias else None
-        row_norm_backward(x, grad, weight, *ctx.settings, residual_grad, grad_x, grad_weight, grad_bias)
+        eps, offset, centred = ctx.settings
+        row_norm_backward(x, grad, weight, eps, offset, centred, residual_grad, grad_x, grad_weight, grad_bias)
         return grad_x if for_x else None, grad_x if for_residual else None, grad_weight, grad_bias, None, None, None
 
 
@@ -282,7 +283,7 @@ def row_norm_backward_reference(
         return _formula(x, weight, bias, eps, offset, centred)
 
     scale = weight.to(compute)
-    _, derive = torch.func.vjp(norm, x.to(compute), scale, torch.zeros_like(scale))
+    derive: Any = torch.func.vjp(norm, x.to(compute), scale, torch.zeros_like(scale))[1]
     grad_x, grad_weight, grad_bias = derive(grad.to(compute))
     if residual_grad is not None:
         grad_x = grad_x + residual_grad.to(compute)

@@ -142,7 +142,7 @@ struct Sample {
   }
 };
 
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     verify_kernel(const __grid_constant__ VerifyDraftArgs args, int64_t rows, int blocks) {
   __shared__ Verdict verdict;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

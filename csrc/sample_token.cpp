@@ -36,8 +36,8 @@ void launch(const Gpu& gpu, SampleTokenArgs& args, const at::Tensor& logits) {
 
 // (rows, columns), or (columns) and (1, columns) for all rows.
 at::Tensor for_rows(const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns) {
-  TORCH_CHECK_VALUE(at::is_expandable_to(tensor.sizes(), {rows, columns}) && tensor.size(-1) == columns, kOp, ": ", name,
-                    " must have shape (", rows, ", ", columns, ") or (", columns, "), got ", tensor.sizes());
+  TORCH_CHECK_VALUE(at::is_expandable_to(tensor.sizes(), {rows, columns}) && tensor.size(-1) == columns, kOp, ": ",
+                    name, " must have shape (", rows, ", ", columns, ") or (", columns, "), got ", tensor.sizes());
   return tensor.expand({rows, columns});
 }
 
@@ -56,8 +56,8 @@ void sample_token_op(const at::Tensor& logits, const std::optional<at::Tensor>& 
   // Check and describe.
   TORCH_CHECK_VALUE(logits.dim() == 2, kOp, ": logits must have shape (batch, vocabulary), got ", logits.sizes());
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
-  TORCH_CHECK_VALUE(vocabulary >= 1 && vocabulary <= kRowBlock * kMaxRowBlocks, kOp,
-                    ": the vocabulary must hold 1 to ", kRowBlock * kMaxRowBlocks, " tokens, got ", vocabulary);
+  TORCH_CHECK_VALUE(vocabulary >= 1 && vocabulary <= kRowBlock * kMaxRowBlocks, kOp, ": the vocabulary must hold 1 to ",
+                    kRowBlock * kMaxRowBlocks, " tokens, got ", vocabulary);
   const at::Device device = logits.device();
   SampleTokenArgs args{};
   args.rows = rows, args.vocabulary = vocabulary;

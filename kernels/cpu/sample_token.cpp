@@ -135,8 +135,7 @@ struct Row : SampleRow {
     BlockSummary summary{block_max(x), -kInfinity, 0.0f, 0.0, 0.0, 0.0};
     const float center = block_center(summary.max);
     if (sums) {
-      summary.sum =
-          block_sum([&](int i) __attribute__((always_inline)) { return exp((x.vector(i) - center) * rate); });
+      summary.sum = block_sum([&](int i) __attribute__((always_inline)) { return exp((x.vector(i) - center) * rate); });
     } else if (has_nan(x)) {
       summary.sum = __builtin_nan("");
     }
@@ -174,7 +173,8 @@ struct Row : SampleRow {
       const auto value = [](F32 l) { return l; };
       const Selected last = select_largest(list, slot.scratch, target, value, weight);
       list.keep([&](F32 l, I32) { return l >= last.value; });
-      drop_ties(list, last.value, ties_within(target - last.above, fixed_weight(weight(splat(last.value, F32{}))[0])) + 1);
+      drop_ties(list, last.value,
+                ties_within(target - last.above, fixed_weight(weight(splat(last.value, F32{}))[0])) + 1);
     }
     if (min_p > 0.0f) {
       const float least_kept = least_exponent();
@@ -185,7 +185,8 @@ struct Row : SampleRow {
       const auto expected = [&](F32 l) { return surprise(exponent(l), weight(l)); };
       const float mean = static_cast<float>(-(static_cast<double>(list.sum(0, list.count, expected)) / total));
       const auto nearness = [&](F32 l) { return nearness_to(mean, exponent(l)); };
-      const float least_near = select_largest(list, slot.scratch, mass_target(typical_p, total), nearness, weight).value;
+      const float least_near =
+          select_largest(list, slot.scratch, mass_target(typical_p, total), nearness, weight).value;
       list.keep([&](F32 l, I32) { return (nearness(l) >= least_near) & (l > splat(-kInfinity, l)); });
     }
     return list;
@@ -193,10 +194,13 @@ struct Row : SampleRow {
 
   // Of the candidates equal to `value`, keeps the last `ties`.
   static void drop_ties(Candidates& list, float value, uint64_t ties) {
-    int64_t i = list.count;
-    while (i > 0 && (list.logit[i - 1] != value || ties > 0)) ties -= list.logit[--i] == value;
-    if (i == 0) return;
-    const int32_t last = list.index[i - 1];
+    if (list.sum(0, list.count, [&](F32 l) { return select(l == value, splat(1.0f, l), F32{}); }) >> kFixedBits <=
+        ties) {
+      return;
+    }
+    int64_t i = list.count - 1;
+    while (list.logit[i] != value || ties > 0) ties -= list.logit[i--] == value;
+    const int32_t last = list.index[i];
     list.keep([&](F32 l, I32 at) { return (l > value) | ((l == value) & (at > last)); });
   }
 

@@ -45,7 +45,8 @@ PYGEN_INLINE void process(const SampleTokenArgs& args, const SampleRow& row, int
     __syncwarp();
     for (int64_t i = lane; i < row.history; i += kWarp) {
       const int64_t token = args.previous.at(row.row, i);
-      if (token >= first && token < first + kRowBlock && token < args.vocabulary) atomicAdd(counts + (token - first), 1);
+      if (token >= first && token < first + kRowBlock && token < args.vocabulary)
+        atomicAdd(counts + (token - first), 1);
     }
     __syncwarp();
     x.each(0, lane, [&](float& logit, int i) {
@@ -106,9 +107,9 @@ struct Filters {
   RowSelection all;
   unsigned long long* total;  // in shared memory
   float most;
-  float least;            // logits above stay, and those equal to it
-  int first_tie = 0;      // from this index on,
-  float exponent = -kInfinity;  // of at least this exponent,
+  float least;                              // logits above stay, and those equal to it
+  int first_tie = 0;                        // from this index on,
+  float exponent = -kInfinity;              // of at least this exponent,
   float mean = 0.0f, nearest = -kInfinity;  // and as near to this one.
 
   PYGEN_INLINE float exponent_of(float logit) const { return (logit - most) * row.rate; }

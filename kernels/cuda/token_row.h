@@ -217,8 +217,8 @@ struct RowSelection {
     return static_cast<uint32_t>(digit);
   }
 
-  // The element at which the running sum of weights, largest value first, exceeds `target`. element(logit, index, weight)
-  // gives its value and sets its weight.
+  // The element at which the running sum of weights, largest value first, exceeds `target`. element(logit, index,
+  // weight) gives its value and sets its weight.
   template <class Element>
   PYGEN_INLINE Selected select_largest(uint64_t target, Element element) const {
     uint64_t before = 0, equal = 0;

@@ -39,7 +39,7 @@ class TokenInfo(NamedTuple):
 def sample_token(logits: Tensor, *, return_info: Literal[False] = False, **settings: Any) -> Tensor: ...
 @overload
 def sample_token(logits: Tensor, *, return_info: Literal[True], **settings: Any) -> tuple[Tensor, TokenInfo]: ...
-def sample_token(
+def sample_token(  # type: ignore[misc]  # the overloads tell of the result alone
     logits: Tensor,
     *,
     temperature: float | Tensor = 1.0,

@@ -51,8 +51,8 @@ def token_confidence(
         top_p: keeps, of what top_k left, the smallest set of largest probability whose mass exceeds p (Holtzman et al.
             2020), of equal logits the first ones; one, or float32 (batch,).
         noise: standard exponentials E of the logits' shape: the token is argmax p / E, as torch.multinomial's. Or
-        seed: int64, one element or (batch,): a uniform number per position, drawn by Philox with ``step`` (one, or (batch,)) and
-            ``sample_ids`` ((batch,), else 0, 1, 2, ...) and inverted through the cumulative probabilities.
+        seed: int64, one element or (batch,): a uniform number per position, drawn by Philox with ``step`` (one, or
+            (batch,)) and ``sample_ids`` ((batch,), else 0, 1, 2, ...) and inverted through the cumulative probabilities.
         untempered: prob and log_prob are those at temperature 1.
         token: int64 (batch, positions), receives the tokens; new where left out.
         prob, log_prob, neg_entropy: float32 (batch, positions), receive the token's probability after the filters, its

@@ -12,7 +12,8 @@ struct SampleTokenArgs {
   int64_t rows, vocabulary;
   Operand logits;
   Operand bias;
-  Plane<const int64_t> previous;  // the tokens so far, `history` columns; what lies outside the vocabulary is passed over
+  Plane<const int64_t>
+      previous;  // the tokens so far, `history` columns; what lies outside the vocabulary is passed over
   int64_t history;
   Setting<int64_t> previous_lengths;  // how many of the columns count
   Setting<float> repetition, presence, frequency;

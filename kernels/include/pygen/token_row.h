@@ -87,7 +87,8 @@ PYGEN_INLINE int pick(int begin, int end, double target, double& before, Weight 
 }
 
 PYGEN_INLINE PhiloxKey philox_key(const PhiloxSettings& settings, int64_t sample, uint32_t draw) {
-  return {static_cast<uint64_t>(settings.seed[sample * settings.seed_stride]), draw, static_cast<uint32_t>(settings.step.at(sample, 0)),
+  return {static_cast<uint64_t>(settings.seed[sample * settings.seed_stride]), draw,
+          static_cast<uint32_t>(settings.step.at(sample, 0)),
           static_cast<uint32_t>(settings.sample_ids.at(sample, sample))};
 }
 
@@ -98,8 +99,8 @@ PYGEN_INLINE uint32_t ordered_from_bits(uint32_t bits) {
 }
 PYGEN_INLINE uint32_t bits_from_ordered(uint32_t key) { return key >> 31 != 0u ? key & 0x7fffffffu : ~key; }
 
-// A probability relative to the largest as a multiple of 2^-40, the nearest: sums of those depend on no order. At 2^12 a
-// double's last bit is worth as much.
+// A probability relative to the largest as a multiple of 2^-40, the nearest: sums of those depend on no order. At 2^12
+// a double's last bit is worth as much.
 inline constexpr double kFixedOne = 0x1p12;
 inline constexpr uint64_t kFixedZero = 0x40b0000000000000u;  // its bits
 inline constexpr int kFixedBits = 40;

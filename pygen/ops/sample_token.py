@@ -1,7 +1,7 @@
 """sample_token: the next token of every row of logits, in one pass over them.
 
-Penalties and filters of text generation in the order of transformers, without a sort of the vocabulary; a token is drawn by
-one Philox number per row and inverted through the cumulative probabilities.
+Penalties and filters of text generation in the order of transformers, without a sort of the vocabulary; one Philox
+number per row is inverted through the cumulative probabilities.
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ def sample_token(  # type: ignore[misc]  # the overloads tell of the result alon
     return_info: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, TokenInfo]:
-    """One token per row: bias, penalties and mask, temperature, filters, and a draw, in the order of the arguments' table.
+    """One token per row: by penalties, filters and a draw, or the likeliest.
 
-    A setting is one number, or a tensor with one per row (float32; ``top_k`` int64), which is read when the kernel runs;
-    the value of a tensor that no number may have acts as the nearest that one may. They apply as in transformers: bias,
-    repetition, frequency and presence penalty, mask, temperature, top-k, top-p, min-p, typical-p. A row that is then all
-    -inf, or holds NaN or +inf, yields token 0.
+    A setting is one number, or a tensor with one per row (float32; ``top_k`` int64) that is read when the kernel runs,
+    where a value out of range acts as the nearest inside. They apply as in transformers: bias, repetition, frequency
+    and presence penalty, mask, temperature, top-k, top-p, min-p, typical-p. A row that is then all -inf, or holds NaN
+    or +inf, yields token 0.
 
     Args:
         logits: (batch, vocabulary), float32, bfloat16 or float16, of any strides; up to 2^20 tokens.
         temperature: 0 takes the largest logit, of equal ones the first, and no filter applies.
         top_k: keeps the k largest logits and those equal to the last; 0 keeps all (Fan et al. 2018).
-        top_p: removes the least likely tokens whose mass together does not exceed 1 - p (Holtzman et al. 2020); of equal
-            logits the first ones go first. One token stays.
+        top_p: removes the least likely tokens whose mass together does not exceed 1 - p (Holtzman et al. 2020); of
+            equal logits the first ones go first. One token stays.
         min_p: keeps what is at least p times as likely as the likeliest (Nguyen et al. 2024).
         typical_p: keeps, nearest to the entropy first, tokens until their mass reaches p (Meister et al. 2023).
         repetition_penalty: divides positive and multiplies other logits of tokens in ``previous`` (Keskar et al. 2019).
@@ -82,9 +82,10 @@ def sample_token(  # type: ignore[misc]  # the overloads tell of the result alon
             padding of -1, is passed over. Costs some 2 ns a token.
         previous_lengths: int64 (batch,), how many of its columns count; all where left out.
         logit_bias: (vocabulary,) or (batch, vocabulary), added to the logits.
-        bitmask: int32 (words,) or (batch, words) of ceil(vocabulary / 32) words: bit i % 32 of word i // 32 allows token i.
-        seed: of Philox, one, or int64 (batch,). Where left out, torch's default generator of the device makes one at each
-            call, so that ``torch.manual_seed`` is what decides.
+        bitmask: int32, (words,) or (batch, words) of ceil(vocabulary / 32) words: bit i % 32 of word i // 32 allows
+            token i, as grammar engines give it.
+        seed: of Philox, one, or int64 (batch,). Where left out, torch's default generator of the device makes one at
+            each call, so that ``torch.manual_seed`` decides.
         step: a counter, one, or int64 (batch,). Seed, step and id decide what a row draws, in whatever batch.
         sample_ids: int64 (batch,); 0, 1, 2, ... where left out.
         return_info: also says how likely the tokens were. At temperature 0 that is at temperature 1 and unfiltered.
@@ -205,7 +206,6 @@ def sample_token_reference(
     sample_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raw = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    batch, vocabulary = raw.shape
     x = _processed(raw, repetition_penalty, presence_penalty, frequency_penalty, previous, previous_lengths,
                    logit_bias, bitmask)  # fmt: skip
     ok = ~x.isnan().any(-1) & x.amax(-1).isfinite()
@@ -222,7 +222,7 @@ def sample_token_reference(
     scores = torch.where(drawn, filtered, x)
     token = x.argmax(-1)
     if seed is not None:
-        u = uniform_reference((batch, 1), seed, step, sample_ids, _C.DRAW_SAMPLE)
+        u = uniform_reference((len(raw), 1), seed, step, sample_ids, _C.DRAW_SAMPLE)
         cumulative = scores.double().softmax(-1).cumsum(-1)
         inverted = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
         token = torch.where(drawn[:, 0], inverted, token)

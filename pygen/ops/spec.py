@@ -64,7 +64,7 @@ _constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
 
 def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a tensor that is only ever read. On a CPU it is made once; elsewhere filled in without waiting for it."""
+    """A number as a tensor that is only ever read. On a CPU it is made once, elsewhere filled in without waiting."""
     if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return torch.full((1,), value, dtype=dtype, device=device)
     key = (value, dtype, device)

@@ -52,7 +52,7 @@ def token_confidence(
             2020), of equal logits the first ones; one, or float32 (batch,).
         noise: standard exponentials E of the logits' shape: the token is argmax p / E, as torch.multinomial's. Or
         seed: int64, one element or (batch,): a uniform number per position, drawn by Philox with ``step`` (one, or
-            (batch,)) and ``sample_ids`` ((batch,), else 0, 1, 2, ...) and inverted through the cumulative probabilities.
+            (batch,)) and ``sample_ids`` ((batch,), else 0, 1, 2, ...) and inverted through the cumulative sums.
         untempered: prob and log_prob are those at temperature 1.
         token: int64 (batch, positions), receives the tokens; new where left out.
         prob, log_prob, neg_entropy: float32 (batch, positions), receive the token's probability after the filters, its

@@ -7,6 +7,7 @@ from pygen.diffusion.plan import StepPlan, plan
 from pygen.diffusion.sample import sample
 from pygen.ops.affine_step import affine_step
 from pygen.ops.backend import backend
+from pygen.ops.cache_append import cache_append
 from pygen.ops.diffusion_loss import diffusion_loss
 from pygen.ops.dynamic_threshold import dynamic_threshold
 from pygen.ops.gated_unit import geglu, swiglu
@@ -36,6 +37,7 @@ __all__ = [
     "accelerate",
     "affine_step",
     "backend",
+    "cache_append",
     "detect_watermark",
     "diffusion_loss",
     "doctor",

@@ -48,7 +48,7 @@ def in_guarded_memory(example: Example, outputs: list[str]) -> tuple[Example, li
             continue  # written in place: it must stay the very tensor that is read
         span = sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True)) + 1
         buffer = torch.full((max(span, 0) + 128,), 7, dtype=out.dtype)
-        arguments[name] = buffer.as_strided(out.shape, out.stride(), 61)
+        arguments[name] = buffer.as_strided(out.shape, out.stride(), 61).copy_(out)
         outside = torch.ones_like(buffer, dtype=torch.bool)
         outside.as_strided(out.shape, out.stride(), 61).fill_(False)
         surroundings.append((buffer, outside))

@@ -16,15 +16,16 @@ void turn(const RopeArgs& args, int64_t begin, int64_t end) {
     for (int64_t t = 0; t < tokens; ++t) {
       angles.read(t, rope_angles(args.table, args.positions.at(sequence, first + t)), args.inverse);
     }
-    each_head(args.x, args.heads, tokens, [&](int64_t head, int64_t t) __attribute__((always_inline)) {
-      const char* const from = head_place(args.x, sequence, head, first + t);
-      char* const to = head_place(args.out, sequence, head, first + t);
-      turn_head(
-          angles, t, args.head_dim,
-          [&](int i, int count) __attribute__((always_inline)) { return load_first<kDType>(from + i * kSize, count); },
-          [&](int i, F32 value, int count)
-              __attribute__((always_inline)) { store_first<kDType>(to + i * kSize, value, count); });
-    });
+    each_head(args.x, sequence, args.heads, first, tokens, args.head_dim,
+              [&](int64_t head, int64_t t, const char* from) __attribute__((always_inline)) {
+                char* const to = head_place(args.out, sequence, head, first + t);
+                turn_head(
+                    angles.of(t), args.head_dim,
+                    [&](int i, int count)
+                        __attribute__((always_inline)) { return load_first<kDType>(from + i * kSize, count); },
+                    [&](int i, F32 value, int count)
+                        __attribute__((always_inline)) { store_first<kDType>(to + i * kSize, value, count); });
+              });
   }
 }
 

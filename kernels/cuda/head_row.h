@@ -8,6 +8,7 @@ namespace pygen {
 namespace {
 
 inline constexpr int kWarp = 32;
+inline constexpr unsigned kWholeWarp = 0xffffffffu;
 inline constexpr int kMostWarps = 8;  // of a block, which has a token
 
 // How many threads the block of a token has, whose heads its warps share.
@@ -25,21 +26,33 @@ struct HeadRow {
   PYGEN_INLINE void store(int i, float value) const { store_one(data + i * size_of(kDType), kDType, value); }
 };
 
+// What turns a head; no pairs, nothing.
+struct HeadTurn {
+  const float* angles;
+  int pairs;
+  bool interleaved, inverse;
+};
+
 // Calls store(i, value) for the lane's elements of a head, turned.
 template <class Load, class Store>
-PYGEN_INLINE void turn_head(const RopeTable& table, const float* angles, bool inverse, int count, Load load,
-                            Store store) {
+PYGEN_INLINE void turn_head(const HeadTurn& turn, int count, Load load, Store store) {
   const int lane = threadIdx.x % kWarp;
-  for (int i = lane; i < table.pairs; i += kWarp) {
-    const int first = table.interleaved ? 2 * i : i, second = table.interleaved ? 2 * i + 1 : table.pairs + i;
+  for (int i = lane; i < turn.pairs; i += kWarp) {
+    const int first = turn.interleaved ? 2 * i : i, second = turn.interleaved ? 2 * i + 1 : turn.pairs + i;
     float x = load(first), y = load(second);
-    const float cosine = angles == nullptr ? __builtin_nanf("") : angles[i];
-    const float sine = angles == nullptr ? __builtin_nanf("") : angles[table.pairs + i];
-    rope_pair(x, y, cosine, inverse ? -sine : sine);
+    const float cosine = turn.angles == nullptr ? __builtin_nanf("") : turn.angles[i];
+    const float sine = turn.angles == nullptr ? __builtin_nanf("") : turn.angles[turn.pairs + i];
+    rope_pair(x, y, cosine, turn.inverse ? -sine : sine);
     store(first, x);
     store(second, y);
   }
-  for (int i = 2 * table.pairs + lane; i < count; i += kWarp) store(i, load(i));
+  for (int i = 2 * turn.pairs + lane; i < count; i += kWarp) store(i, load(i));
+}
+
+// The kernel of a dtype.
+template <class Kernel>
+Kernel of_dtype(DType dtype, Kernel float32, Kernel bfloat16, Kernel float16) {
+  return dtype == DType::kFloat32 ? float32 : dtype == DType::kBFloat16 ? bfloat16 : float16;
 }
 
 }  // namespace

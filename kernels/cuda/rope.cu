@@ -8,21 +8,19 @@ namespace {
 template <DType kDType>
 __global__ void __launch_bounds__(kWarp* kMostWarps, 4) rope_kernel(const __grid_constant__ RopeArgs args) {
   const int64_t sequence = blockIdx.x / args.length, token = blockIdx.x % args.length;
-  const float* const angles = rope_angles(args.table, args.positions.at(sequence, token));
+  const HeadTurn turn{rope_angles(args.table, args.positions.at(sequence, token)), args.table.pairs,
+                      args.table.interleaved, args.inverse};
   for (int64_t head = threadIdx.x / kWarp; head < args.heads; head += blockDim.x / kWarp) {
     const HeadRow<kDType> x(args.x, sequence, head, token), out(args.out, sequence, head, token);
-    turn_head(
-        args.table, angles, args.inverse, args.head_dim, [&](int i) { return x.load(i); },
-        [&](int i, float value) { out.store(i, value); });
+    turn_head(turn, args.head_dim, [&](int i) { return x.load(i); }, [&](int i, float value) { out.store(i, value); });
   }
 }
 
 }  // namespace
 
 void rope(const RopeArgs& args, void* stream) {
-  const auto kernel = args.x.dtype == DType::kFloat32    ? rope_kernel<DType::kFloat32>
-                      : args.x.dtype == DType::kBFloat16 ? rope_kernel<DType::kBFloat16>
-                                                         : rope_kernel<DType::kFloat16>;
+  const auto kernel =
+      of_dtype(args.x.dtype, rope_kernel<DType::kFloat32>, rope_kernel<DType::kBFloat16>, rope_kernel<DType::kFloat16>);
   PYGEN_LAUNCH(kernel, dim3(static_cast<unsigned>(args.batch * args.length)), head_threads(args.heads), 0, stream,
                args);
 }

@@ -2,6 +2,7 @@
 
 from pygen.ops import (
     affine_step,
+    cache_append,
     diffusion_loss,
     dynamic_threshold,
     gated_unit,
@@ -27,6 +28,7 @@ __all__ = [
     "Example",
     "OpSpec",
     "affine_step",
+    "cache_append",
     "diffusion_loss",
     "dynamic_threshold",
     "gated_unit",

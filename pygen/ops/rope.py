@@ -268,7 +268,13 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
 
     def example(name: str, x: Tensor, positions: Any, pairs: int | None = None, **more: Any) -> Example:
         table = rope_table(rope_frequencies(x.shape[-1] // 2 * 2 if pairs is None else 2 * pairs)[0], 50)
-        arguments = {"x": x, "positions": torch.as_tensor(positions), "table": table}
+        arguments = {
+            "x": x,
+            "positions": torch.as_tensor(positions),
+            "table": table,
+            "interleaved": False,
+            "inverse": False,
+        }
         return Example(name, arguments | {"out": torch.full_like(x, math.nan)} | more)
 
     for interleaved in (False, True):

@@ -24,9 +24,11 @@ class Example:
 class OpSpec:
     """What there is to know about an op.
 
-    function: the public function; writes the tensors named by ``outputs``, of which an example may leave some out.
-    reference: plain PyTorch, the same arguments less the outputs; returns a tuple in the order of ``outputs``. Runs in
-        the dtype of its inputs (halves compute in float32), float64 included.
+    function: the public function; writes the tensors named by ``outputs``, of which an example may leave some out, and
+        returns the first. Where it writes only a part of one, as of a cache, the rest stays as it is.
+    reference: plain PyTorch, the same arguments less the outputs (but for those that are written in part); returns a
+        tuple in the order of ``outputs``. Runs in the dtype of its inputs (halves compute in float32), float64
+        included.
     operator: the entry under torch.ops; its arguments have the names of the function's.
     examples: for a dtype, the cases that every test of correctness runs.
     bytes_moved, flops: of an example, for the floors that benchmarks print.
@@ -34,8 +36,8 @@ class OpSpec:
     """
 
     name: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., tuple[Tensor, ...]]
+    function: Callable[..., Tensor | None]
+    reference: Callable[..., tuple[Tensor | None, ...]]
     operator: Any
     outputs: tuple[str, ...]
     backends: tuple[str, ...]

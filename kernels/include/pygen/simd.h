@@ -108,6 +108,7 @@ PYGEN_INLINE F32 power_of_two(F32 shifted) { return from_unsigned((to_unsigned(s
 PYGEN_INLINE U32 widen(U16 v) { return bits<U32>(_mm512_cvtepu16_epi32(bits<__m256i>(v))); }
 PYGEN_INLINE I32 widen(I8 v) { return bits<I32>(_mm512_cvtepi8_epi32(bits<__m128i>(v))); }
 PYGEN_INLINE U16 narrow(U32 v) { return bits<U16>(_mm512_cvtepi32_epi16(bits<__m512i>(v))); }
+PYGEN_INLINE U8 narrow_bytes(U32 v) { return bits<U8>(_mm512_cvtepi32_epi8(bits<__m512i>(v))); }
 #elif defined(__AVX2__)
 PYGEN_INLINE U32 widen(U16 v) { return bits<U32>(_mm256_cvtepu16_epi32(bits<__m128i>(v))); }
 PYGEN_INLINE I32 widen(I8 v) { return bits<I32>(_mm256_cvtepi8_epi32(_mm_set1_epi64x(bits<int64_t>(v)))); }
@@ -115,11 +116,17 @@ PYGEN_INLINE U16 narrow(U32 v) {  // values that fit 16 bits
   const __m256i packed = _mm256_packus_epi32(bits<__m256i>(v), bits<__m256i>(v));
   return bits<U16>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
+PYGEN_INLINE U8 narrow_bytes(U32 v) { return __builtin_convertvector(v, U8); }
 #else
 PYGEN_INLINE U32 widen(U16 v) { return __builtin_convertvector(v, U32); }
 PYGEN_INLINE I32 widen(I8 v) { return __builtin_convertvector(v, I32); }
 PYGEN_INLINE U16 narrow(U32 v) { return __builtin_convertvector(v, U16); }
+PYGEN_INLINE U8 narrow_bytes(U32 v) { return __builtin_convertvector(v, U8); }
 #endif
+
+// The same of single numbers, which cost less than the first of a vector's.
+PYGEN_INLINE float splat(float value, float) { return value; }
+PYGEN_INLINE float sqrt(float a) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(a))); }
 
 #if defined(__AVX512F__)
 PYGEN_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
@@ -162,6 +169,18 @@ PYGEN_INLINE F32 interleave(F32 a, F32 b, std::integer_sequence<int, kLane...>) 
 template <int kHalf>
 PYGEN_INLINE F32 interleave(F32 a, F32 b) {
   return interleave<kHalf>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+// All lanes joined by halves: lane i with lane i + width, for width = kLanes / 2, ..., 1. The result is in every lane.
+template <int kBy, class V, int... kLane>
+PYGEN_INLINE V rotate_lanes(V v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, ((kLane + kBy) % kLanes)...);
+}
+template <int kWidth = kLanes / 2, class V, class Join>
+PYGEN_INLINE V join_lanes(V v, Join join) {
+  v = join(v, rotate_lanes<kWidth>(v, std::make_integer_sequence<int, kLanes>{}));
+  if constexpr (kWidth > 1) v = join_lanes<kWidth / 2>(v, join);
+  return v;
 }
 
 // The even (which = 0) or the odd (which = 1) lanes of a, then of b.

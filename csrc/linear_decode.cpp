@@ -12,7 +12,7 @@ namespace {
 constexpr const char* kOp = "linear_decode";
 constexpr std::string_view kFormats[] = {"float32", "bfloat16", "int8", "int4"};
 constexpr std::string_view kNorms[] = {"none", "rms", "layer"};
-constexpr std::string_view kActivations[] = {"none", "silu", "gelu_tanh"};
+constexpr std::string_view kActivations[] = {"silu", "gelu", "gelu_tanh", "none"};  // Activation's, and none
 // Bytes of weights a thread takes at the least.
 constexpr int64_t kWeightGrain = 128 << 10;
 
@@ -81,7 +81,8 @@ PackedLinear packed(const at::Tensor& data, int64_t outputs, int64_t inputs, std
   if (residual.has_value()) args.residual = matrix("residual", *residual, outputs, x);
   args.bias = vector("bias", bias, outputs * (1 + gated), x);
   args.norm = named<LinearNorm>("norm", norm, kNorms);
-  args.activation = named<LinearActivation>("activation", activation, kActivations);
+  args.activated = activation != "none";
+  args.activation = named<Activation>("activation", activation, kActivations);
   args.norm_weight = vector("norm_weight", norm_weight, inputs, x);
   args.norm_bias = vector("norm_bias", norm_bias, inputs, x);
   TORCH_CHECK_VALUE(args.norm != LinearNorm::kNone || !(norm_weight.has_value() || norm_bias.has_value()), kOp,

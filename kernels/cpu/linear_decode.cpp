@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "pygen/exp.h"
+#include "pygen/gated_unit_rule.h"
 #include "strips.h"
 
 namespace pygen::PYGEN_ISA {
@@ -446,20 +446,15 @@ void add_special(const LinearDecodeArgs& args, const LinearRow& layout, const ch
   }
 }
 
-// x times a logistic of 2 sqrt(2 / pi) x (1 + 0.044715 x^2); where x^2 is too large to matter it is kept finite.
-PYGEN_INLINE F32 gelu_tanh(F32 x) {
-  const F32 square = min(splat(0x1p40f, x), x * x);
-  return x / (exp(-x * fma(splat(0.0713548163f, x), square, splat(1.59576912f, x))) + 1.0f);
-}
-
-PYGEN_INLINE F32 activate(LinearActivation activation, F32 x) {
-  switch (activation) {
-    case LinearActivation::kNone:
-      return x;
-    case LinearActivation::kSilu:
-      return silu(x);
-    case LinearActivation::kGeluTanh:
-      return gelu_tanh(x);
+PYGEN_INLINE F32 activated(const LinearDecodeArgs& args, F32 x) {
+  if (!args.activated) return x;
+  switch (args.activation) {
+    case Activation::kSilu:
+      return activate<Activation::kSilu>(x);
+    case Activation::kGelu:
+      return activate<Activation::kGelu>(x);
+    case Activation::kGeluTanh:
+      return activate<Activation::kGeluTanh>(x);
   }
   __builtin_unreachable();
 }
@@ -497,7 +492,7 @@ void finish_panel(const LinearDecodeArgs& args, int64_t panel, int64_t row, int 
       widen(residual, args.residual, (row + r) * args.residual.stride[0] + first * stride, stride, outputs);
     }
     for (int j = 0; j < width; j += kLanes) {
-      F32 y = activate(args.activation, load_bytes<F32>(sum + j) + load_bytes<F32>(bias + j));
+      F32 y = activated(args, load_bytes<F32>(sum + j) + load_bytes<F32>(bias + j));
       if (args.weight.gated) y *= load_bytes<F32>(sum + width + j) + load_bytes<F32>(bias + width + j);
       if (args.residual.data != nullptr) y += load_bytes<F32>(residual + j);
       std::memcpy(sum + j, &y, sizeof y);

@@ -21,7 +21,7 @@ from pygen.ops.packed_linear import FORMATS, PackedLinear, pack_linear
 from pygen.ops.spec import Example, OpSpec, tensor_bytes
 
 _BACKENDS = ("reference", "cpu")
-Activation = Literal["none", "silu", "gelu_tanh"]
+Activation = Literal["none", "silu", "gelu", "gelu_tanh"]
 Norm = Literal["none", "rms", "layer"]
 
 
@@ -49,7 +49,7 @@ def linear_decode(
         weight: as ``pack_linear`` makes it.
         bias: (outputs,), or (2 outputs,), the gate's first; in x's dtype or float32.
         residual: (..., outputs), in x's dtype.
-        activation: "none", "silu" or "gelu_tanh".
+        activation: "none", "silu", "gelu" or "gelu_tanh".
         norm: "none", "rms" (Zhang & Sennrich 2019) or "layer" (Ba et al. 2016), over the inputs of each row.
         norm_weight, norm_bias: (inputs,), in x's dtype or float32; 1 and 0 where None.
         eps: added to the mean square, or the variance.
@@ -99,8 +99,8 @@ def linear_decode_reference(
     y, *up = y.chunk(2, dim=-1) if weight.gated else (y,)
     if activation == "silu":
         y = functional.silu(y)
-    elif activation == "gelu_tanh":
-        y = functional.gelu(y, approximate="tanh")
+    elif activation != "none":
+        y = functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     y = y * up[0] if up else y
     return ((y if residual is None else y + residual).to(x.dtype),)
 
@@ -170,7 +170,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     for gated in (False, True):
         for name, weight in _weights(draw, 45, 96, gated):
             more = {"bias": draw(45 * (1 + gated)).to(dtype), "residual": x(5, 45)}
-            for activation in ("none", "silu", "gelu_tanh"):
+            for activation in ("none", "silu", "gelu", "gelu_tanh"):
                 name = f"{activation}{', gated' if gated else ''}, {weight.format}"
                 yield _example(name, x(5, 96), weight, activation=activation, **more)
     for name, weight in _weights(draw, 40, 200):

@@ -11,13 +11,13 @@
 //     multiplied as floats.
 #pragma once
 
+#include "pygen/gated_unit.h"
 #include "pygen/isa.h"
 #include "pygen/packed_linear.h"
 
 namespace pygen {
 
 enum class LinearNorm : int32_t { kNone, kRms, kLayer };
-enum class LinearActivation : int32_t { kNone, kSilu, kGeluTanh };
 
 struct LinearDecodeArgs {
   PackedLinear weight;
@@ -27,7 +27,8 @@ struct LinearDecodeArgs {
   Operand bias;                    // stride of outputs: those of a gate, then those of its up projection
   Operand norm_weight, norm_bias;  // stride of inputs
   LinearNorm norm;
-  LinearActivation activation;
+  bool activated;  // whether there is an activation
+  Activation activation;
   double eps;
   char* scratch;  // 64-byte aligned, rows * LinearRow(args).bytes
 };

@@ -66,11 +66,31 @@ PackedLinear packed(const at::Tensor& data, int64_t outputs, int64_t inputs, std
   return weight;
 }
 
-[[maybe_unused]] void linear_decode_cpu(const at::Tensor& x, const at::Tensor& weight, int64_t outputs, int64_t inputs,
-                                        std::string_view format, int64_t group, bool zeros, bool gated,
-                                        const Optional& bias, const Optional& residual, std::string_view activation,
-                                        std::string_view norm, const Optional& norm_weight, const Optional& norm_bias,
-                                        double eps, const at::Tensor& out) {
+at::Tensor reserve_scratch(LinearDecodeArgs& args, int64_t bytes, const at::Tensor& x) {
+  at::Tensor scratch = at::empty({bytes}, x.options().dtype(at::kByte));
+  args.scratch = static_cast<char*>(scratch.data_ptr());
+  return scratch;
+}
+
+[[maybe_unused]] void launch(const Cpu&, LinearDecodeArgs& args, const at::Tensor& x) {
+  const at::Tensor scratch = reserve_scratch(args, args.rows * LinearRow(args).bytes, x);
+  at::parallel_for(0, args.rows, std::max<int64_t>(1, kMoveGrain / args.weight.inputs),
+                   [&](int64_t begin, int64_t end) { linear_decode_rows(args, begin, end); });
+  at::parallel_for(0, args.weight.panels(), std::max<int64_t>(1, kWeightGrain / args.weight.panel_bytes()),
+                   [&](int64_t begin, int64_t end) { linear_decode(args, begin, end); });
+}
+#if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
+void launch(const Gpu& gpu, LinearDecodeArgs& args, const at::Tensor& x) {
+  const at::Tensor scratch = reserve_scratch(args, cuda::linear_decode_workspace(args), x);
+  gpu.run(cuda::linear_decode, args);
+}
+#endif
+
+template <class Backend>
+void linear_decode_op(const at::Tensor& x, const at::Tensor& weight, int64_t outputs, int64_t inputs,
+                      std::string_view format, int64_t group, bool zeros, bool gated, const Optional& bias,
+                      const Optional& residual, std::string_view activation, std::string_view norm,
+                      const Optional& norm_weight, const Optional& norm_bias, double eps, const at::Tensor& out) {
   // Check and describe.
   TORCH_CHECK_VALUE(x.dim() == 2, kOp, ": x must have shape (rows, inputs), got ", x.sizes());
   LinearDecodeArgs args{};
@@ -94,19 +114,13 @@ PackedLinear packed(const at::Tensor& data, int64_t outputs, int64_t inputs, std
   if (args.rows == 0 || outputs == 0) return;
 
   // Launch.
-  const int64_t row_bytes = LinearRow(args).bytes;
-  const at::Tensor scratch = at::empty({args.rows * row_bytes}, x.options().dtype(at::kByte));
-  args.scratch = static_cast<char*>(scratch.data_ptr());
-  at::parallel_for(0, args.rows, std::max<int64_t>(1, kMoveGrain / inputs),
-                   [&](int64_t begin, int64_t end) { linear_decode_rows(args, begin, end); });
-  at::parallel_for(0, args.weight.panels(), std::max<int64_t>(1, kWeightGrain / args.weight.panel_bytes()),
-                   [&](int64_t begin, int64_t end) { linear_decode(args, begin, end); });
+  launch(Backend(x), args, x);
 }
 
-PYGEN_CPU_OP("linear_decode", linear_decode_cpu,
-             "(Tensor x, Tensor weight, SymInt outputs, SymInt inputs, str format, SymInt group, bool zeros, "
-             "bool gated, Tensor? bias, Tensor? residual, str activation, str norm, Tensor? norm_weight, "
-             "Tensor? norm_bias, float eps, Tensor(a!) out) -> ()")
+PYGEN_OP("linear_decode", linear_decode_op,
+         "(Tensor x, Tensor weight, SymInt outputs, SymInt inputs, str format, SymInt group, bool zeros, "
+         "bool gated, Tensor? bias, Tensor? residual, str activation, str norm, Tensor? norm_weight, "
+         "Tensor? norm_bias, float eps, Tensor(a!) out) -> ()")
 
 }  // namespace
 }  // namespace pygen

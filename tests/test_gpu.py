@@ -51,13 +51,13 @@ def to_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
 @ON_GPU
 @BY_DTYPE
 def test_gpu_against_reference(spec: OpSpec, dtype: torch.dtype) -> None:
-    """CUDA C++ kernels give the CPU's bits; Triton's obey the error rule."""
+    """CUDA C++ kernels give the CPU's bits, but where their spec says otherwise; all obey the error rule."""
     families = defaultdict(list)
     for example in spec.examples(dtype):
         arguments = to_gpu(copy.deepcopy(example.arguments))
         spec.function(**arguments)
         results = {name: arguments[name].cpu() for name in outputs_of(spec, example)}
-        if "cuda" in spec.backends:
+        if "cuda" in spec.backends and spec.bits_on_gpu:
             for name, expected in run(spec, example).items():
                 assert torch.equal(results[name].nan_to_num(3.0), expected.nan_to_num(3.0)), (example.name, name)
         truth = spec.reference(**in_double(copy.deepcopy(example.arguments)))

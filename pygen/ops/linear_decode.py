@@ -20,7 +20,7 @@ from pygen.ops.backend import use_reference
 from pygen.ops.packed_linear import FORMATS, PackedLinear, pack_linear
 from pygen.ops.spec import Example, OpSpec, tensor_bytes
 
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "cuda")
 Activation = Literal["none", "silu", "gelu", "gelu_tanh"]
 Norm = Literal["none", "rms", "layer"]
 
@@ -43,6 +43,8 @@ def linear_decode(
     Computed in float32 or better and rounded once, but for the normed rows against bfloat16 weights: where x is
     bfloat16, they are too. A row's bits do not depend on the rows beside it, however many, on the number of threads or
     on the instruction set (but for bfloat16's subnormal products, which the BF16 dot product takes for 0).
+
+    On a GPU sums have another order than on a CPU. Rows are computed eight at a time: each eight read the weight.
 
     Args:
         x: (..., inputs), float32, bfloat16 or float16, of any strides.
@@ -212,4 +214,5 @@ SPEC = OpSpec(
     ),
     flops=lambda example: 2 * example.arguments["inputs"] * example.arguments["out"].numel(),
     benchmarks=_benchmarks,
+    bits_on_gpu=False,
 )

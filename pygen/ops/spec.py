@@ -33,6 +33,7 @@ class OpSpec:
     examples: for a dtype, the cases that every test of correctness runs.
     bytes_moved, flops: of an example, for the floors that benchmarks print.
     benchmarks: for a dtype, the sizes worth timing, by name; the first is small.
+    bits_on_gpu: whether the CUDA kernel gives the CPU's bits; where its sums have another order, the error rule holds.
     """
 
     name: str
@@ -45,6 +46,7 @@ class OpSpec:
     bytes_moved: Callable[[Example], int]
     flops: Callable[[Example], int]
     benchmarks: Callable[[torch.dtype], Iterator[Example]]
+    bits_on_gpu: bool = True
 
     def __post_init__(self) -> None:
         SPECS[self.name] = self

@@ -216,6 +216,12 @@ inline int __dp4a(int a, int b, int c) {
   }
   return c;
 }
+// The sum of c and the products of two signed 16-bit numbers with two signed bytes: the lower ones, or the upper ones.
+inline int __dp2a_lo(int a, int b, int c) {
+  for (int i = 0; i < 2; ++i) c += static_cast<short>(a >> 16 * i) * static_cast<signed char>(b >> 8 * i);
+  return c;
+}
+inline int __dp2a_hi(int a, int b, int c) { return __dp2a_lo(a, b >> 16, c); }
 
 template <class T>
   requires std::is_arithmetic_v<T>

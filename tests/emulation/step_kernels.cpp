@@ -7,6 +7,7 @@
 #include "pygen/affine_step.h"
 #include "pygen/diffusion_loss.h"
 #include "pygen/dynamic_threshold.h"
+#include "pygen/linear_decode.h"
 #include "pygen/philox_normal.h"
 #include "pygen/sample_gram.h"
 
@@ -134,6 +135,25 @@ void gram(int64_t samples, int64_t elements, int64_t stride, DType dtype) {
   cuda::sample_gram(args, nullptr);
 }
 
+void linear(int64_t rows, WeightFormat format, int64_t group, bool zeros, bool gated) {
+  constexpr int64_t kInputs = 200, kOutputs = 40;
+  LinearDecodeArgs args{};
+  args.weight = {nullptr, kOutputs, kInputs, format, gated, zeros, group};
+  std::vector<char> weight(args.weight.panels() * args.weight.panel_bytes(), 1);
+  args.weight.data = weight.data();
+  args.rows = rows;
+  const Buffer x(1, rows, kInputs, 1, DType::kFloat16), out(1, rows, kOutputs, 3, DType::kFloat16);
+  const Buffer bias(1, 1, 2 * kOutputs, 1, DType::kFloat32);
+  args.x = {x.operand.data, {kInputs, 1}, DType::kFloat16};
+  args.out = args.residual = {out.operand.data, {kOutputs * 3, 3}, DType::kFloat16};
+  args.bias = {bias.operand.data, {1}, DType::kFloat32};
+  args.norm = LinearNorm::kLayer;
+  args.activated = true;
+  std::vector<char> scratch(cuda::linear_decode_workspace(args));
+  args.scratch = scratch.data();
+  cuda::linear_decode(args, nullptr);
+}
+
 // Where no host could check a launch before it ran: a row beyond the table, or one that reads what is absent.
 bool makes_nan(int64_t row, bool reads_output) {
   float x[9] = {}, next[9] = {};
@@ -192,6 +212,15 @@ int main() {
   threshold(2, 40000, 3, DType::kBFloat16), ++cases;
   for (const int64_t elements : {1, 9, 300, 8192, 8193}) gram(2, elements, 1, DType::kFloat32), ++cases;
   gram(2, 20000, 3, DType::kBFloat16), ++cases;
+  for (const int64_t rows : {1, 3, 9}) {
+    for (const WeightFormat format : {WeightFormat::kFloat32, WeightFormat::kBFloat16}) {
+      linear(rows, format, 0, false, rows == 3), ++cases;
+    }
+    for (const int64_t group : {32, 64, 128, 200}) {
+      linear(rows, WeightFormat::kInt8, group, rows == 1, rows == 3), ++cases;
+      linear(rows, WeightFormat::kInt4, group, rows == 9, rows == 1), ++cases;
+    }
+  }
   std::printf("%d launches\n", cases);
   const bool poisoned = makes_nan(1, false) && makes_nan(-1, false) && makes_nan(0, true) && !makes_nan(0, false) &&
                         loses_nan(1, 0.0) && loses_nan(-1, 0.0) && loses_nan(0, 1.0) && !loses_nan(0, 0.0);

@@ -91,6 +91,19 @@ PYGEN_INLINE void store_one(char* to, DType dtype, float value) {
   }
 }
 
+// 16 bytes that nobody reads again, past the first-level cache.
+PYGEN_INLINE uint4 load_streamed(const char* from) {
+#ifdef PYGEN_EMULATION
+  return *reinterpret_cast<const uint4*>(from);
+#else
+  uint4 all;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(all.x), "=r"(all.y), "=r"(all.z), "=r"(all.w)
+      : "l"(from));
+  return all;
+#endif
+}
+
 // Eight neighbours, of which the first lies at a multiple of eight elements: accesses of 16 bytes (8 for bool).
 PYGEN_INLINE void load_eight(const char* from, DType dtype, float (&to)[8]) {
   if (dtype == DType::kFloat32) {

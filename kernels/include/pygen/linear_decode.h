@@ -30,7 +30,7 @@ struct LinearDecodeArgs {
   bool activated;  // whether there is an activation
   Activation activation;
   double eps;
-  char* scratch;  // 64-byte aligned, rows * LinearRow(args).bytes
+  char* scratch;  // 64-byte aligned: rows * LinearRow(args).bytes; on a GPU, linear_decode_workspace(args)
 };
 
 // A chunk of a row against codes: x = scale * (2^15 upper + lower), or scale * upper.
@@ -66,5 +66,10 @@ struct LinearRow {
 PYGEN_CPU_KERNEL(linear_decode_rows, LinearDecodeArgs)
 // Over panels.
 PYGEN_CPU_KERNEL(linear_decode, LinearDecodeArgs)
+
+namespace cuda {
+int64_t linear_decode_workspace(const LinearDecodeArgs& args);
+void linear_decode(const LinearDecodeArgs& args, void* stream);  // a cudaStream_t
+}  // namespace cuda
 
 }  // namespace pygen

@@ -173,14 +173,12 @@ struct Row {
 
 // Where the rows of operands begin, one after the other.
 struct RowCursor : Cursor {
-  const RowNormRows& rows;
-
-  RowCursor(const RowNormRows& rows, int64_t row) : Cursor(rows.size, rows.ndim, row), rows(rows) {}
+  RowCursor(const RowNormRows& rows, int64_t row) : Cursor(rows.size, rows.ndim, row) {}
   template <DType kDType>
   Elements<kDType> at(const Operand& operand) const {
-    return {operand, offset(operand, rows.ndim)};
+    return {operand, offset(operand)};
   }
-  void next() { advance(rows.size, rows.ndim, 1); }
+  void next() { advance(1); }
 };
 
 // ---- Forward -------------------------------------------------------------------------------------------------------

@@ -57,8 +57,9 @@ PackedLinear packed(const at::Tensor& data, int64_t outputs, int64_t inputs, std
                       gated,
                       zeros,
                       group};
-  TORCH_CHECK_VALUE(outputs >= 0 && inputs >= 1 && (weight.quantised() ? group >= 8 && group % 8 == 0 : group == 0),
-                    kOp, ": weight is not as pack_linear makes it");
+  const bool grouped = group == 32 || group == 64 || group == 128 || (group >= inputs && group % 8 == 0);
+  TORCH_CHECK_VALUE(outputs >= 0 && inputs >= 1 && (weight.quantised() ? grouped : group == 0), kOp,
+                    ": weight is not as pack_linear makes it");
   TORCH_CHECK_VALUE(data.dim() == 2 && data.is_contiguous() && data.size(0) == weight.panels() &&
                         data.size(1) == weight.panel_bytes() && reinterpret_cast<uintptr_t>(weight.data) % 64 == 0,
                     kOp, ": weight must hold ", weight.panels(), " panels of ", weight.panel_bytes(),

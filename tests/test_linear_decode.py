@@ -193,6 +193,7 @@ INT4 = pack_linear(torch.ones(40, 64), format="int4")
         ({"weight": WEIGHT._replace(data=WEIGHT.data[:, 64:])}, ValueError, "weight must hold 2 panels"),
         ({"weight": WEIGHT._replace(data=WEIGHT.data.int())}, TypeError, "weight must be"),
         ({"weight": WEIGHT._replace(group=32)}, ValueError, "weight is not as pack_linear makes it"),
+        ({"weight": INT4._replace(group=40)}, ValueError, "weight is not as pack_linear makes it"),
         ({"weight": INT4._replace(group=0)}, ValueError, "weight is not as pack_linear makes it"),
     ],
 )

@@ -330,6 +330,7 @@ struct Codes {
     }
     float* const sums = tile.sum;
     for (int64_t c = tile.begin; c < tile.end; ++c, codes += chunk_bytes, header += one_group ? 0 : group_bytes) {
+      fetch(header);
       I32 dot[kRows][kWords][kTile];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {

@@ -39,6 +39,7 @@ class PackedLinear(NamedTuple):
         return self.data.numel()
 
     def clone(self) -> PackedLinear:
+        """A copy that, like ``pack_linear``'s, lies in large pages: ``data.clone()`` would not."""
         return self._replace(data=_in_large_pages(self.data.clone()))
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -40,14 +40,14 @@ struct LinearChunk {
   int32_t special;   // whether the chunk holds numbers that are not finite
 };
 
-// Where a row's parts lie in the scratch memory.
+// A row in the scratch memory: floats; then the upper words of all inputs, and the lower ones; then chunks.
 struct LinearRow {
   static constexpr int64_t kChunk = 128;
-  int words;      // of 16 bits, per input
-  int64_t chunk;  // inputs
-  int64_t chunks;
-  int64_t inputs;                      // padded
-  int64_t words_at, chunks_at, bytes;  // behind the floats
+  int words;                    // of 16 bits, per input
+  int64_t chunk, chunks;        // inputs of a chunk, and how many chunks
+  int64_t inputs;               // padded
+  int64_t words_at, chunks_at;  // bytes before them
+  int64_t bytes;
 
   constexpr explicit LinearRow(const LinearDecodeArgs& args) {
     const PackedLinear& weight = args.weight;

@@ -21,7 +21,8 @@ struct Elements {
   static constexpr int64_t kSize = size_of(kDType);
   char* data;
 
-  Elements(const Operand& operand, int64_t offset) : data(static_cast<char*>(operand.data) + offset * kSize) {}
+  Elements(const Operand& operand, const Cursor& row)
+      : data(static_cast<char*>(operand.data) + row.offset(operand) * kSize) {}
   explicit Elements(float* sums) : data(reinterpret_cast<char*>(sums)) {}
 
   PYGEN_INLINE Strip load(int64_t i, int64_t count) const {
@@ -171,25 +172,15 @@ struct Row {
   }
 };
 
-// Where the rows of operands begin, one after the other.
-struct RowCursor : Cursor {
-  RowCursor(const RowNormRows& rows, int64_t row) : Cursor(rows.size, rows.ndim, row) {}
-  template <DType kDType>
-  Elements<kDType> at(const Operand& operand) const {
-    return {operand, offset(operand)};
-  }
-  void next() { advance(1); }
-};
-
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
 template <DType kDType, bool kCentred>
-void normalise_row(const RowNormArgs& args, const RowCursor& cursor) {
+void normalise_row(const RowNormArgs& args, const Cursor& cursor) {
   const int64_t count = args.rows.elements;
-  const auto x = cursor.at<kDType>(args.x), residual = cursor.at<kDType>(args.residual);
+  const Elements<kDType> x(args.x, cursor), residual(args.residual, cursor);
   auto h = x;
   if (args.residual.data != nullptr) {
-    h = cursor.at<kDType>(args.residual_out);
+    h = Elements<kDType>(args.residual_out, cursor);
     for_strips(count, [&](int64_t i, int64_t n)
                           __attribute__((always_inline)) { h.store(i, n, x.load(i, n) + residual.load(i, n)); });
   }
@@ -200,7 +191,7 @@ void normalise_row(const RowNormArgs& args, const RowCursor& cursor) {
   });
   row.finish(sums, args.rows.eps);
 
-  const auto out = cursor.at<kDType>(args.out);
+  const Elements<kDType> out(args.out, cursor);
   const bool stream = args.stream && out.may_stream();
   for_strips(count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     x.fetch_next(i, count);
@@ -216,10 +207,10 @@ void normalise_row(const RowNormArgs& args, const RowCursor& cursor) {
 // With n the normalised row and g = grad * weight: grad_x = (g - mean(g) - n mean(g n)) / deviation, where mean(g) is
 // taken off where centred.
 template <DType kDType, bool kCentred>
-void differentiate_row(const RowNormBackwardArgs& args, const RowCursor& cursor, float* weight_sums, float* bias_sums) {
+void differentiate_row(const RowNormBackwardArgs& args, const Cursor& cursor, float* weight_sums, float* bias_sums) {
   const int64_t count = args.rows.elements;
-  const auto grad = cursor.at<kDType>(args.grad);
-  const auto x = cursor.at<kDType>(args.x);
+  const Elements<kDType> grad(args.grad, cursor);
+  const Elements<kDType> x(args.x, cursor);
   Row<kDType, kCentred> row(x, count);
   constexpr int kProduct = row.kMoments, kGrad = kProduct + 1, kSums = kCentred ? kGrad + 1 : kProduct + 1;
   double sums[kSums];
@@ -237,7 +228,7 @@ void differentiate_row(const RowNormBackwardArgs& args, const RowCursor& cursor,
   }
   const float mean_g = static_cast<float>(mean), mean_gn = static_cast<float>(product * row.share);
 
-  const auto residual_grad = cursor.at<kDType>(args.residual_grad), grad_x = cursor.at<kDType>(args.grad_x);
+  const Elements<kDType> residual_grad(args.residual_grad, cursor), grad_x(args.grad_x, cursor);
   const Elements<DType::kFloat32> weights(weight_sums), biases(bias_sums);
   for_strips(count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     x.fetch_next(i, count);
@@ -263,8 +254,8 @@ void differentiate_chunk(const RowNormBackwardArgs& args, int64_t chunk) {
     return sums;
   };
   float *weight_sums = sums_of_chunk(args.weight_sums), *bias_sums = sums_of_chunk(args.bias_sums);
-  RowCursor cursor(args.rows, first);
-  for (int64_t row = first; row < last; ++row, cursor.next()) {
+  Cursor cursor(args.rows.size, args.rows.ndim, first);
+  for (int64_t row = first; row < last; ++row, cursor.advance(1)) {
     differentiate_row<kDType, kCentred>(args, cursor, weight_sums, bias_sums);
   }
 }
@@ -311,8 +302,8 @@ PYGEN_INLINE void choose(DType dtype, bool centred, Run run) {
 
 void row_norm(const RowNormArgs& args, int64_t begin, int64_t end) {
   choose(args.x.dtype, args.rows.centred, [&]<DType kDType, bool kCentred>() {
-    RowCursor cursor(args.rows, begin);
-    for (int64_t row = begin; row < end; ++row, cursor.next()) normalise_row<kDType, kCentred>(args, cursor);
+    Cursor cursor(args.rows.size, args.rows.ndim, begin);
+    for (int64_t row = begin; row < end; ++row, cursor.advance(1)) normalise_row<kDType, kCentred>(args, cursor);
   });
   if (args.stream) _mm_sfence();
 }

@@ -23,6 +23,8 @@ class Work:
     flops: int
     dtype: torch.dtype
     results: Callable[[], Iterable[Triple]]
+    stream: Call | None = None  # moves as many bytes; a copy at the same working set where left out
+    data_in: str = ""  # where a call finds its data; in the caches, by their sizes, where left out
 
     def red(self) -> str | None:
         """Why no time may be shown, or None."""

@@ -119,9 +119,9 @@ def steps() -> dict[str, Any]:
             assert_error_rule([(out, same, truth)], f"{shape}, {dtype}")
             if x.numel() < 1 << 20:
                 calls |= {f"{name}, graph": graphed(call) for name, call in calls.items()}
-            calls["copy"] = copy_call(moved, torch.device("cuda"))
+            calls["stream"] = copy_call(moved, torch.device("cuda"))
             times = times_of(calls)
-            share = times["copy"]["median"] / times["pygen"]["median"]
+            share = times["stream"]["median"] / times["pygen"]["median"]
             results[f"guided step {shape} {str(dtype)[6:]}"] = {"us": times, "bytes": moved, "share_of_copy": share}
     seed, step, out = (torch.zeros(1, dtype=torch.int64, device="cuda") for _ in range(3))
     out = torch.empty(16, 1 << 20, device="cuda")

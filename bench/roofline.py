@@ -22,7 +22,7 @@ def draw(results: list[Result], stream: IO[bytes]) -> None:
 
     styles = ("-", ":", "-.", (0, (9, 3)))
     for data_in, style in zip(sorted({result.data_in for result in timed}), styles, strict=False):
-        bandwidth = median(r.bytes_moved / r.times["copy"].median for r in timed if r.data_in == data_in) / 1e9
+        bandwidth = median(r.bytes_moved / r.times["stream"].median for r in timed if r.data_in == data_in) / 1e9
         label = f"copy, {data_in}: {bandwidth:.0f} GB/s"
         axes.axhline(bandwidth, color="gray", linewidth=1, linestyle=style, label=label)
     for dtype, color in zip(sorted({r.dtype for r in timed}), ("tab:blue", "tab:orange", "tab:green"), strict=False):

@@ -21,22 +21,25 @@ from rich.progress import Progress
 from rich.table import Table
 
 import pygen
-from bench import drop_ins, ops, steps
+from bench import decode, drop_ins, ops, steps
 from bench.cases import COLUMNS, Case
 from bench.measure import Spread, cache_state, copy_call, interleaved, matmul_rate
 from pygen import _C
 
 SUITES: dict[str, Callable[[bool], list[Case]]] = {
     "steps": lambda quick: [*steps.cases(quick), *drop_ins.cases(quick)],
+    "decode": decode.cases,
     "ops": ops.cases,
 }
 NOTES = """\
 Microseconds, the median of calls that took turns, ± half the distance of the quartiles. Data in: the smallest cache
 that holds what is moved. Reference: the truth, in float64. Eager: in the suite ops the reference in the op's dtype,
-which can do any row; in the suite steps the formula written out. torch.compile: of eager, blank where that has a graph
+which can do any row; in the suite steps the formula written out; in the suite decode torch's own call, or the usual
+few. torch.compile: of eager, blank where that has a graph
 break; beside a drop-in, of what its row draws and computes in the middle of a run (scheduler.step itself is not
 compiled: its state breaks the graph). Drop-ins: scheduler.step alone, in the order of a run. Floor: a copy of as many
-bytes at the same working set, or the flops at the rate of a matrix product, if that takes longer."""
+bytes at the same working set (in the suite decode, where weights and caches are streamed, a sum over as many), or the
+flops at the rate of a matrix product, if that takes longer."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,12 @@ def measure(cases: Iterable[Case], quick: bool) -> list[Result]:
         red, times, floor = work.red(), {}, 0.0
         product = rate(work.dtype) if work.flops else 0.0
         if red is None:
-            calls = work.calls | {"copy": copy_call(work.bytes_moved)}
+            calls = work.calls | {"stream": work.stream or copy_call(work.bytes_moved)}
             if quick or not work.compiles():
                 calls.pop("torch.compile", None)
             times = interleaved(calls, seconds)
-            floor = max(times["copy"].median, work.flops / product if product else 0.0)
-        facts = (cache_state(work.bytes_moved), str(work.dtype)[6:], work.bytes_moved, work.flops)
+            floor = max(times["stream"].median, work.flops / product if product else 0.0)
+        facts = (work.data_in or cache_state(work.bytes_moved), str(work.dtype)[6:], work.bytes_moved, work.flops)
         results.append(Result(case.suite, case.part, case.name, *facts, red, product, floor, times))
     return results
 
@@ -181,7 +184,7 @@ def main(
             mine = measure(progress.track(cases, description=suite), quick)
         for part, these in groupby(mine, key=lambda result: result.part):
             console.print(table(f"{suite}: {part}" if part else suite, list(these), old))
-        for line in drop_ins.verdicts(mine):
+        for line in (*drop_ins.verdicts(mine), *decode.verdicts(mine)):
             console.print(line, markup=False)
         results += mine
     console.print(NOTES + ("\nquick: a tenth of the time, few cases, torch.compile left out." if quick else ""))

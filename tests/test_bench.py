@@ -46,7 +46,7 @@ def cases(folder) -> dict[str, Any]:
 
 def best(case: dict[str, Any], *, ours: bool) -> float:
     return min(
-        t["median"] for c, t in case["times"].items() if c not in ("reference", "copy") and ("pygen" in c) == ours
+        t["median"] for c, t in case["times"].items() if c not in ("reference", "stream") and ("pygen" in c) == ours
     )
 
 
@@ -59,7 +59,7 @@ def test_the_file_is_whole(folder, cases):
     for case in cases.values():
         assert case["red"] is None
         assert case["bytes_moved"] > 0
-        assert case["floor"] >= case["times"]["copy"]["median"] > 0
+        assert case["floor"] >= case["times"]["stream"]["median"] > 0
         for spread in case["times"].values():
             assert 0 < spread["low"] <= spread["median"] <= spread["high"]
 
@@ -170,7 +170,7 @@ def test_a_reference_that_breaks_the_graph_has_no_compiled_column(monkeypatch):
     broken = torch.compile(lambda x: x + 1 if bool(x.sum() > 0) else x, fullgraph=True)
     calls = {"pygen": lambda: None, "torch.compile": lambda: broken(torch.ones(3))}
     (result,) = run.measure([case_of(right, calls)], quick=False)
-    assert set(result.times) == {"pygen", "copy"}
+    assert set(result.times) == {"pygen", "stream"}
 
 
 def test_compare(tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_examples_run(monkeypatch: Any) -> None:
     monkeypatch.chdir(ROOT)
-    first, loop, images, server, pipeline = re.findall(
+    first, loop, images, server, pipeline, decoder = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
     names: dict[str, Any] = {}
@@ -41,3 +41,6 @@ def test_examples_run(monkeypatch: Any) -> None:
     exec(pipeline, names)
     assert names["report"].replaced == ["scheduler: DDIMScheduler"]
     assert names["image"].size == (32, 32)
+    exec(decoder, names)
+    assert names["lengths"].tolist() == [16] * 4
+    assert names["logits"].isfinite().all()

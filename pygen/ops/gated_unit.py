@@ -282,7 +282,7 @@ _FLOPS = {"silu": 22, "gelu": 40, "gelu_tanh": 26}
 
 GATED_UNIT = OpSpec(
     name="gated_unit",
-    function=gated_unit,  # type: ignore[arg-type]
+    function=gated_unit,
     reference=lambda **arguments: gated_unit_reference(
         **{name: value for name, value in arguments.items() if name not in _OUTPUTS}
     ),

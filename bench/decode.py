@@ -19,6 +19,7 @@ from torch.nn import functional
 import pygen
 from bench.cases import Case, Work
 from bench.measure import Call
+from pygen.ops.packed_linear import in_large_pages
 from tests.error_rule import Triple
 
 if TYPE_CHECKING:
@@ -106,8 +107,13 @@ def in_turn(calls: Iterable[Call]) -> Call:
 def reads(total_bytes: int, rotated: int) -> Call:
     """Sums over so many bytes each, that take turns over all."""
     numbers = max(1, total_bytes // 4)
-    everything = torch.ones(copies(total_bytes, rotated) * numbers)
+    everything = large_pages(torch.ones(copies(total_bytes, rotated) * numbers))
     return in_turn([part.sum for part in everything.split(numbers)])
+
+
+def large_pages(tensor: Tensor) -> Tensor:
+    """As weights and caches lie that are streamed, so that the floor is that of pages of 2 MB too."""
+    return in_large_pages(tensor.view(torch.uint8)).view(tensor.dtype)
 
 
 def copies(total_bytes: int, rotated: int) -> int:
@@ -163,11 +169,11 @@ def attend(batch: int, heads: int, kv_heads: int, keys: int, cache: str, rotated
         shape = (batch * pages, kv_heads, PAGE, HEAD_DIM)
         how["block_table"] = torch.randperm(batch * pages).int().view(batch, pages)
     if stored is torch.int8:
-        caches = [torch.randint(-127, 128, (2, *shape), dtype=stored) for _ in range(count)]
+        caches = [large_pages(torch.randint(-127, 128, (2, *shape), dtype=stored)) for _ in range(count)]
         how["k_scale"] = how["v_scale"] = torch.rand(shape[:-1]) / 127
         moved += 2 * how["k_scale"].nbytes
     else:
-        caches = [torch.randn(2, *shape, dtype=dtype) for _ in range(count)]
+        caches = [large_pages(torch.randn(2, *shape, dtype=dtype)) for _ in range(count)]
 
     def attention(cached: Tensor) -> Tensor:
         k, v = cached

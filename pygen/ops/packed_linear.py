@@ -40,7 +40,7 @@ class PackedLinear(NamedTuple):
 
     def clone(self) -> PackedLinear:
         """A copy that, like ``pack_linear``'s, lies in large pages: ``data.clone()`` would not."""
-        return self._replace(data=_in_large_pages(self.data.clone()))
+        return self._replace(data=in_large_pages(self.data.clone()))
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (dequantised) weight in ``dtype``: (outputs, inputs), or (2 outputs, inputs), the gate's rows first."""
@@ -105,7 +105,7 @@ def pack_linear(
         stored = getattr(torch, format)
         pair = 1 if stored == torch.float32 else 2
         lines = _pad(panels.to(stored), 2, pair).unflatten(2, (-1, pair)).transpose(1, 2)
-        data = _in_large_pages(lines.contiguous().view(torch.uint8).flatten(1))
+        data = in_large_pages(lines.contiguous().view(torch.uint8).flatten(1))
         return PackedLinear(data, outputs, inputs, format, 0, False, up is not None)
     bits = 8 if format == "int8" else 4
     group = {"int8": 0, "int4": 32}[format] if group is None else group
@@ -123,7 +123,7 @@ def pack_linear(
         number.to(torch.bfloat16).transpose(1, 2).unflatten(2, (2, -1)).transpose(2, 3).flatten(2).view(torch.uint8)
         for number in numbers
     ]
-    data = _in_large_pages(torch.cat([*headers, lines], dim=2).flatten(1))
+    data = in_large_pages(torch.cat([*headers, lines], dim=2).flatten(1))
     return PackedLinear(data, outputs, inputs, format, group, not symmetric, up is not None)
 
 
@@ -146,7 +146,7 @@ def _quantise(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, ...]:
     return (codes, scale[..., 0]) if symmetric else (codes, scale[..., 0], zero[..., 0])
 
 
-def _in_large_pages(data: Tensor) -> Tensor:
+def in_large_pages(data: Tensor) -> Tensor:
     """The same, where the kernel was asked for pages of 2 MB: a core streams those a tenth faster."""
     if data.device.type != "cpu" or data.numel() < 4 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return data

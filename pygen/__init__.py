@@ -8,6 +8,7 @@ from pygen.diffusion.sample import sample
 from pygen.ops.affine_step import affine_step
 from pygen.ops.backend import backend
 from pygen.ops.cache_append import cache_append
+from pygen.ops.decode_attention import decode_attention
 from pygen.ops.diffusion_loss import diffusion_loss
 from pygen.ops.dynamic_threshold import dynamic_threshold
 from pygen.ops.gated_unit import geglu, swiglu
@@ -38,6 +39,7 @@ __all__ = [
     "affine_step",
     "backend",
     "cache_append",
+    "decode_attention",
     "detect_watermark",
     "diffusion_loss",
     "doctor",

@@ -3,6 +3,7 @@
 from pygen.ops import (
     affine_step,
     cache_append,
+    decode_attention,
     diffusion_loss,
     dynamic_threshold,
     gated_unit,
@@ -29,6 +30,7 @@ __all__ = [
     "OpSpec",
     "affine_step",
     "cache_append",
+    "decode_attention",
     "diffusion_loss",
     "dynamic_threshold",
     "gated_unit",

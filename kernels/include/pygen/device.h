@@ -81,6 +81,7 @@ PYGEN_INLINE uint32_t narrow(float value, DType dtype) {
 PYGEN_INLINE float load_one(const char* from, DType dtype) {
   if (dtype == DType::kFloat32) return *reinterpret_cast<const float*>(from);
   if (dtype == DType::kBool) return *reinterpret_cast<const uint8_t*>(from) != 0 ? 1.0f : 0.0f;
+  if (dtype == DType::kInt8) return to_float(int32_t{*reinterpret_cast<const int8_t*>(from)});
   return widen(*reinterpret_cast<const uint16_t*>(from), dtype);
 }
 PYGEN_INLINE void store_one(char* to, DType dtype, float value) {

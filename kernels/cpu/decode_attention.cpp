@@ -10,7 +10,7 @@ namespace {
 inline constexpr int kRows = 8;                      // of a group's queries, that pass over a split together
 inline constexpr int kTile = kLanes == 16 ? 16 : 4;  // scores that are made together
 inline constexpr int64_t kAheadBytes = 8192;         // that are fetched before they are read
-inline constexpr int64_t kMostAhead = 128;           // rows
+inline constexpr int64_t kMostAhead = 256;           // rows
 
 // ---- Sixteen lanes on every instruction set ------------------------------------------------------------------------
 
@@ -192,6 +192,7 @@ class Attention {
       }
       for (int64_t row = 0; row < rows_; row += kRows) {
         const int count = static_cast<int>(std::min<int64_t>(rows_ - row, kRows));
+        fetches_ = row == 0;
         load_queries(sequence, head, row, count);
         score(count);
         weigh(head, row, count, partial + row);
@@ -216,7 +217,7 @@ class Attention {
     keys_ = {seen_by(0).begin, std::min<int64_t>(length_ - first_, kSplitKeys)};
     any_missing_ = false;
     const int64_t count = keys_.end - keys_.begin;
-    locate(item, keys_, [&](int64_t j, KvSlot slot, int64_t here) {
+    each_piece(item, keys_, [&](int64_t j, KvSlot slot, int64_t here) {
       const char** to = rows_read_ + j - keys_.begin;
       if (slot.page < 0) {
         any_missing_ = true;
@@ -232,7 +233,7 @@ class Attention {
         v_scale_[j + i] = kv_scale(cache.v, slot, item.head())[i * cache.v.scale_stride[2]];
       }
     });
-    std::fill_n(rows_read_ + 2 * count, kMostAhead, nothing_);
+    std::fill_n(rows_read_ + 2 * count, kMostAhead + kTile, nothing_);
     fetch_ = {rows_read_ + ahead_, row_bytes_, 3 * ahead_};
   }
   // The rows that are read after the split's own.
@@ -241,14 +242,14 @@ class Attention {
     const int64_t length = kv_length(args_.cache, next.sequence);
     const int64_t begin = std::max<int64_t>(0, keys_of(args_, length, 0).begin - first);
     const char** to = rows_read_ + 2 * (keys_.end - keys_.begin);
-    locate(next, KeyRange{begin, begin + kMostAhead}.within(0, length - first),
-           [&](int64_t j, KvSlot slot, int64_t here) {
-             if (slot.page >= 0) put_rows(args_.cache.k, slot, next.head(), here, to + j - begin);
-           });
+    each_piece(next, KeyRange{begin, begin + kMostAhead}.within(0, length - first),
+               [&](int64_t j, KvSlot slot, int64_t here) {
+                 if (slot.page >= 0) put_rows(args_.cache.k, slot, next.head(), here, to + j - begin);
+               });
   }
   // Calls visit(j, slot, count) for every piece of a split's keys that lies in one page.
   template <class Visit>
-  void locate(const WorkItem& item, KeyRange keys, Visit visit) const {
+  void each_piece(const WorkItem& item, KeyRange keys, Visit visit) const {
     const int64_t first = (item.splits.first + item.split()) * kSplitKeys;
     for (int64_t j = keys.begin, here; j < keys.end; j += here) {
       const KvSlot slot = kv_slot(args_.cache, item.sequence, first + j);
@@ -302,6 +303,7 @@ class Attention {
   template <int kRowCount, int kKeyCount>
   void score_tile(int row, int64_t j) {
     const char* const* k = rows_read_ + j - keys_.begin;
+    const bool fetches = fetches_ && row == 0;
     Fetch fetch = fetch_;
     Sixteen sums[kTile] = {};
     const auto add = [&](int64_t at, auto load) {
@@ -310,7 +312,7 @@ class Attention {
       for (int r = 0; r < kRowCount; ++r) q[r] = Multiply::query(q_[row + r] + at / kSize);
 #pragma GCC unroll 16
       for (int i = 0; i < kKeyCount; ++i) {
-        if (row == 0) fetch.template next<kStepBytes>(at);
+        if (fetches) fetch.template next<kStepBytes>(at);
         const Multiply key = load(k[i] + at);
 #pragma GCC unroll 4
         for (int r = 0; r < kRowCount; ++r) {
@@ -318,11 +320,11 @@ class Attention {
         }
       }
     };
-    for (int64_t at = 0; at < whole_; at += kStepBytes) add(at, Multiply::load);
+    for (int64_t at = 0; at < whole_; at += kStepBytes) add(at, [](const char* from) { return Multiply::load(from); });
     if (whole_ < row_bytes_) {
       add(whole_, [&](const char* from) { return Multiply::load(PartialStep(from, row_bytes_ - whole_).bytes); });
     }
-    if (row == 0) fetch_ = fetch;
+    if (fetches) fetch_ = fetch;
     const F32 scores = add_lanes(sums);
     for (int r = 0; r < kRowCount; ++r) {
       for (int i = 0; i < kKeyCount; ++i) weights_[row + r][j + i] = scores[(r * kKeyCount + i) * (kLanes / kTile)];
@@ -421,11 +423,12 @@ class Attention {
   void add_steps(int row, KeyRange keys, int64_t at, float* sums) {
     constexpr int kParts = Step<kDType>::kParts;
     const char* const* v = rows_read_ + keys_.end - 2 * keys_.begin;
+    const bool fetches = fetches_ && row == 0;
     Fetch fetch = fetch_;
     Sixteen total[kRowCount][kSteps * kParts] = {};
     const auto add = [&](auto load) {
       for (int64_t j = keys.begin; j < keys.end; ++j) {
-        if (row == 0) fetch.template next<kSteps * kStepBytes>(at);
+        if (fetches) fetch.template next<kSteps * kStepBytes>(at);
         Step<kDType> value[kSteps];
 #pragma GCC unroll 4
         for (int i = 0; i < kSteps; ++i) value[i] = load(v[j] + at + i * kStepBytes);
@@ -442,11 +445,11 @@ class Attention {
       }
     };
     if (kSteps > 1 || at < whole_) {
-      add(Step<kDType>::load);
+      add([](const char* from) { return Step<kDType>::load(from); });
     } else {
       add([&](const char* from) { return Step<kDType>::load(PartialStep(from, row_bytes_ - whole_).bytes); });
     }
-    if (row == 0) fetch_ = fetch;
+    if (fetches) fetch_ = fetch;
 #pragma GCC unroll 4
     for (int r = 0; r < kRowCount; ++r) {
 #pragma GCC unroll 8
@@ -467,8 +470,9 @@ class Attention {
   KeyRange keys_;           // that any query sees
   bool any_missing_;        // whether a key lies in a page that does not exist: its row is nothing_
   // Rows in the order of reading: the split's keys, its values, the next split's first keys.
-  const char* rows_read_[2 * kSplitKeys + kMostAhead];
+  const char* rows_read_[2 * kSplitKeys + kMostAhead + kTile];
   Fetch fetch_;
+  bool fetches_;  // the first queries do, for those that come after
   alignas(64) float k_scale_[kSplitKeys];
   float v_scale_[kSplitKeys];
   alignas(64) typename Multiply::Query q_[kRows][kMaxHeadDim];

@@ -5,7 +5,8 @@
 // in their order. So a row's result depends on what it attends to alone: not on the batch, on the other queries, on
 // where the cache lies, on threads, instruction set or device.
 //
-//     score    16 partial sums of q k (element i of head_dim to sum i % 16), added by halves; times scale
+//     score    16 partial sums of q k, added by halves; times scale. Element i of head_dim goes to sum i % 16, of a
+//              bfloat16 cache to sum i / 2 % 16, the second of a pair first, as vdpbf16ps takes them
 //     weights  exp(score - max), 16 partial sums (key i of the split to sum i % 16), added by halves
 //     values   one chain of fma over each run of 32 keys; the runs are added in order
 #pragma once

@@ -138,31 +138,15 @@ struct alignas(64) PartialStep {
   }
 };
 
-// Fetches rows into the cache line by line, in the order in which they are read, and long before the first line of
-// each: to find a page's address takes longer than to fetch a line of it.
-struct Fetch {
-  const char* const* row;
-  int64_t bytes, far;  // of a row; rows
-  int64_t at = 0;
-
-  PYGEN_INLINE void next() {
-    __builtin_prefetch(*row + at);
-    if (at == 0) __builtin_prefetch(row[far]);
-    at += kLine;
-    if (at >= bytes) {
-      at = 0;
-      ++row;
-    }
+// Fetches what is read after a step at `from` of `row`: its bytes of the row `ahead`, and where a row begins, the first
+// line of one that lies far behind: to find a page's address takes longer than to fetch a line of it.
+template <int64_t kBytes>
+PYGEN_INLINE void fetch(const char* const* row, int64_t ahead, int64_t from) {
+  for (int64_t i = 0; i < kBytes; i += 64) {
+    if (kBytes >= 64 || from % 64 == 0) __builtin_prefetch(row[ahead] + from + i);
   }
-  // As many lines as are read by a step at `from`.
-  template <int64_t kBytes>
-  PYGEN_INLINE void next(int64_t from) {
-    if (kBytes >= kLine || from % kLine == 0) {
-      for (int64_t i = 0; i < kBytes; i += kLine) next();
-    }
-  }
-  static constexpr int64_t kLine = 64;
-};
+  if (from == 0) __builtin_prefetch(row[3 * ahead]);
+}
 
 // ---- One split after another ---------------------------------------------------------------------------------------
 
@@ -234,7 +218,6 @@ class Attention {
       }
     });
     std::fill_n(rows_read_ + 2 * count, kMostAhead + kTile, nothing_);
-    fetch_ = {rows_read_ + ahead_, row_bytes_, 3 * ahead_};
   }
   // The rows that are read after the split's own.
   void look_ahead(const WorkItem& next) {
@@ -304,7 +287,6 @@ class Attention {
   void score_tile(int row, int64_t j) {
     const char* const* k = rows_read_ + j - keys_.begin;
     const bool fetches = fetches_ && row == 0;
-    Fetch fetch = fetch_;
     Sixteen sums[kTile] = {};
     const auto add = [&](int64_t at, auto load) {
       Multiply q[kRowCount];
@@ -312,7 +294,7 @@ class Attention {
       for (int r = 0; r < kRowCount; ++r) q[r] = Multiply::query(q_[row + r] + at / kSize);
 #pragma GCC unroll 16
       for (int i = 0; i < kKeyCount; ++i) {
-        if (fetches) fetch.template next<kStepBytes>(at);
+        if (fetches) fetch<kStepBytes>(k + i, ahead_, at);
         const Multiply key = load(k[i] + at);
 #pragma GCC unroll 4
         for (int r = 0; r < kRowCount; ++r) {
@@ -324,8 +306,9 @@ class Attention {
     if (whole_ < row_bytes_) {
       add(whole_, [&](const char* from) { return Multiply::load(PartialStep(from, row_bytes_ - whole_).bytes); });
     }
-    if (fetches) fetch_ = fetch;
-    const F32 scores = add_lanes(sums);
+    const F32 lanes = add_lanes(sums);
+    alignas(64) float scores[kLanes];
+    std::memcpy(scores, &lanes, sizeof lanes);
     for (int r = 0; r < kRowCount; ++r) {
       for (int i = 0; i < kKeyCount; ++i) weights_[row + r][j + i] = scores[(r * kKeyCount + i) * (kLanes / kTile)];
     }
@@ -424,11 +407,10 @@ class Attention {
     constexpr int kParts = Step<kDType>::kParts;
     const char* const* v = rows_read_ + keys_.end - 2 * keys_.begin;
     const bool fetches = fetches_ && row == 0;
-    Fetch fetch = fetch_;
     Sixteen total[kRowCount][kSteps * kParts] = {};
     const auto add = [&](auto load) {
       for (int64_t j = keys.begin; j < keys.end; ++j) {
-        if (fetches) fetch.template next<kSteps * kStepBytes>(at);
+        if (fetches) fetch<kSteps * kStepBytes>(v + j, ahead_, at);
         Step<kDType> value[kSteps];
 #pragma GCC unroll 4
         for (int i = 0; i < kSteps; ++i) value[i] = load(v[j] + at + i * kStepBytes);
@@ -449,7 +431,6 @@ class Attention {
     } else {
       add([&](const char* from) { return Step<kDType>::load(PartialStep(from, row_bytes_ - whole_).bytes); });
     }
-    if (fetches) fetch_ = fetch;
 #pragma GCC unroll 4
     for (int r = 0; r < kRowCount; ++r) {
 #pragma GCC unroll 8
@@ -471,7 +452,6 @@ class Attention {
   bool any_missing_;        // whether a key lies in a page that does not exist: its row is nothing_
   // Rows in the order of reading: the split's keys, its values, the next split's first keys.
   const char* rows_read_[2 * kSplitKeys + kMostAhead + kTile];
-  Fetch fetch_;
   bool fetches_;  // the first queries do, for those that come after
   alignas(64) float k_scale_[kSplitKeys];
   float v_scale_[kSplitKeys];

@@ -206,7 +206,7 @@ def test_a_file_that_cannot_be_compared(tmp_path, capsys, text):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["steps", "dance"], ["dance", "steps, ops"]),
+        (["steps", "dance"], ["dance", "steps, decode, ops"]),
         (["--compare", "nowhere.json"], ["--compare", "nowhere.json", "No such file"]),
         (["--fail-slower", "1.5"], ["--compare"]),
         (["--fail-slower", "nan", "--compare", "x"], ["--fail-slower"]),

@@ -98,10 +98,10 @@ def test_temperature_0_accepts_the_most_likely_tokens_alone() -> None:
 def test_a_token_hangs_on_its_sample_and_not_on_the_batch() -> None:
     logits, q = torch.randn(6, 4, 70), torch.randn(6, 3, 70)
     draft = pygen.token_confidence(q, seed=1)
-    settings: dict[str, Any] = {"seed": 9, "step": torch.arange(6)}
+    settings: dict[str, Any] = {"seed": torch.arange(6) + 9, "step": torch.arange(6)}
     together = pygen.verify_draft(draft, q, logits, sample_ids=torch.arange(6) + 40, **settings)
     for b in range(6):
-        one = {"seed": 9, "step": torch.tensor([b]), "sample_ids": torch.tensor([b + 40])}
+        one = {"seed": 9 + b, "step": torch.tensor([b]), "sample_ids": torch.tensor([b + 40])}
         alone = pygen.verify_draft(draft[b : b + 1], q[b : b + 1], logits[b : b + 1], **one)
         assert torch.equal(alone, together[b : b + 1])
     shorter = pygen.verify_draft(draft[:, :2], q[:, :2], logits[:, :3], sample_ids=torch.arange(6) + 40, **settings)
@@ -142,7 +142,7 @@ def test_no_token_lies_outside_of_the_vocabulary() -> None:
         ({"lengths": torch.tensor([1, 2, 3])}, ValueError, "lengths must hold one number, or one per sample"),
         ({"temperature": -1.0}, ValueError, "temperature must lie in"),
         ({"temperature": math.nan}, ValueError, "temperature must lie in"),
-        ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed must hold one number"),
+        ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, "seed must hold one number, or one per sample"),
         ({"step": torch.zeros(3, dtype=torch.int64)}, ValueError, "step must hold one number"),
         ({"sample_ids": torch.zeros(2)}, TypeError, "sample_ids must be Long"),
         ({"token": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "token must have shape"),

@@ -67,7 +67,7 @@ def unmask_step(
             with score = -entropy, as entropy-bounded unmasking has it.
         ties: candidates as sure as the last that is accepted by its rank are accepted with it.
         noise: uniform numbers u of which score - temperature log(-log u) is ranked. Or
-        seed: int64, one element: they are drawn by Philox with ``step`` and ``sample_ids``.
+        seed: int64, one element or (batch,): they are drawn by Philox with ``step`` and ``sample_ids``.
         temperature: float32, of that noise; 1 where left out.
         fill: int64, what candidates take that are not accepted: a mask token, random tokens; may be expanded.
         edit_threshold: positions that are no candidates take their token too where its score is larger, but for

@@ -53,9 +53,9 @@ def verify_draft(
             bfloat16 or float16, of any strides; up to 2^20 tokens.
         lengths: int64 (batch,), how many tokens each draft has; n where left out.
         temperature: one, or float32 (batch,); 0 accepts the target's most likely token alone, of equal ones the first.
-        seed: int64, one element: two uniform numbers per position, drawn by Philox with ``step`` (one, or (batch,)),
-            which differs from call to call, and ``sample_ids`` ((batch,), else 0, 1, 2, ...). Without it every row is
-            taken at temperature 0.
+        seed: int64, one element or (batch,): two uniform numbers per position, drawn by Philox with ``step`` (one, or
+            (batch,)), which differs from call to call, and ``sample_ids`` ((batch,), else 0, 1, 2, ...). Without it
+            every row is taken at temperature 0.
         token: int64 (batch, n + 1), receives the tokens; new where left out.
         accepted: int64 (batch,), receives how many drafted tokens were accepted, where given.
         ok: bool (batch,), receives whether the target's rows were distributions, where given.

@@ -15,7 +15,12 @@ inline constexpr int kWays = kLanes == 16 ? 4 : 2;
 struct PhiloxRounds {
   PhiloxRound at[kPhiloxRounds];
   explicit PhiloxRounds(uint64_t seed) {
-    for (int round = 0; round < kPhiloxRounds; ++round) at[round] = philox_round_key(seed, round);
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (PhiloxRound& round : at) {
+      round = {key0, key1};
+      key0 += kPhiloxStep0;
+      key1 += kPhiloxStep1;
+    }
   }
 };
 

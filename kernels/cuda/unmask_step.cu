@@ -15,7 +15,7 @@ int64_t padded(int64_t positions) {
 }
 
 // A block of threads to every sample: bitonic sort, then a thread to every rank.
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     unmask_step_kernel(const __grid_constant__ UnmaskStepArgs args, int64_t padded) {
   PYGEN_DYNAMIC_SHARED(uint64_t, shared);
   __shared__ unsigned long long candidates;

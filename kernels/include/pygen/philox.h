@@ -15,13 +15,12 @@ struct PhiloxKey {
   uint32_t sample;
 };
 
-// The keys of round `round`.
+inline constexpr int kPhiloxRounds = 10;
+inline constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;  // of the keys, from round to round
+
 struct PhiloxRound {
   uint64_t key0, key1;  // of 32 bits each
 };
-PYGEN_INLINE PhiloxRound philox_round_key(uint64_t seed, uint32_t round) {
-  return {static_cast<uint32_t>(seed) + round * 0x9E3779B9u, static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u};
-}
 
 // One round over counters held in the low halves of 64-bit lanes (what lies above is never looked at).
 template <class Lanes>
@@ -41,12 +40,15 @@ PYGEN_INLINE void philox_counter(Lanes block, const PhiloxKey& key, Lanes (&word
   words[3] = block ^ block ^ static_cast<uint64_t>(key.sample);
 }
 
-inline constexpr int kPhiloxRounds = 10;
-
 template <class Lanes>
 PYGEN_INLINE void philox_block(Lanes block, const PhiloxKey& key, Lanes (&words)[4]) {
   philox_counter(block, key, words);
-  for (int round = 0; round < kPhiloxRounds; ++round) philox_round(words, philox_round_key(key.seed, round));
+  uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(words, {key0, key1});
+    key0 += kPhiloxStep0;
+    key1 += kPhiloxStep1;
+  }
 }
 
 // ln x for normal x > 0, within 1 ulp: x = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).

@@ -8,6 +8,7 @@ from scipy import stats
 
 import pygen
 from pygen.ops.philox_normal import philox_words
+from pygen.ops.spec import index_tensor
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -112,3 +113,11 @@ def test_offsets_beyond_32_bits() -> None:
 def test_wrong_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pygen.philox_normal(**({"size": (2, 4), "seed": 0} | arguments))
+
+
+def test_a_seed_first_met_in_inference_mode_may_be_recorded() -> None:
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        seed = index_tensor(2**40 + 17, device)
+    assert index_tensor(2**40 + 17, device) is seed
+    assert not seed.is_inference()

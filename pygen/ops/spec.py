@@ -76,5 +76,6 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     if tensor is None:
         if len(_constants) >= 1024:
             _constants.clear()
-        tensor = _constants[key] = torch.full((1,), value, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # who asks first does not decide what may be recorded
+            tensor = _constants[key] = torch.full((1,), value, dtype=dtype, device=device)
     return tensor

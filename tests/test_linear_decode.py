@@ -245,3 +245,12 @@ def test_the_packed_header_is_what_torch_packs() -> None:
             word, i = words[panel, group, k % 32 // per_word, lane].item(), k % per_word
             code = word >> 8 * i & 255 if per_word == 4 else word >> 4 * (i // 2) + 16 * (i % 2) & 15
             assert scale * (code - zero) == packed.unpack(torch.float64)[output, k]
+
+
+@pytest.mark.parametrize(("norm", "alone"), [("rms", pygen.rms_norm), ("layer", pygen.layer_norm)])
+def test_a_norm_before_is_the_norm_alone(norm: str, alone: Any) -> None:
+    """To the bit: the statistics are one piece of code."""
+    x, packed = torch.randn(3, 333) + 2, pack_linear(torch.randn(40, 333), format="int8", group=32)
+    weight = torch.rand(333)
+    fused = pygen.linear_decode(x, packed, norm=norm, norm_weight=weight, eps=1e-5)
+    assert torch.equal(fused, pygen.linear_decode(alone(x, weight, eps=1e-5), packed))

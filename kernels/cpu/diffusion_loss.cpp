@@ -10,13 +10,6 @@ namespace {
 
 static_assert(kChunk == kLossLanes);
 
-PYGEN_INLINE Strip first_of(const Strip& strip, int64_t count) {
-  float values[kStrip];
-  std::memcpy(values, &strip, sizeof values);
-  std::fill(values + count, values + kStrip, 0.0f);
-  return load_strip<DType::kFloat32>(reinterpret_cast<const char*>(values));
-}
-
 void by_halves(double* sums, int count) {
   for (int width = count / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) sums[i] += sums[i + width];

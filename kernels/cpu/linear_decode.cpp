@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "norm_row.h"
 #include "pygen/gated_unit_rule.h"
-#include "strips.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
@@ -38,54 +38,34 @@ void widen(float* to, const Operand& operand, int64_t offset, int64_t stride, in
   }
 }
 
-// The sum of term(x) over a row, in double, by 16 partial sums, whatever the width of a vector.
-template <class Term>
-double row_sum(const float* x, int64_t count, Term term) {
-  typedef double F64 __attribute__((vector_size(4 * kLanes)));
-  typedef float Half __attribute__((vector_size(2 * kLanes)));
-  constexpr int kPartials = 16, kHalf = kLanes / 2;
-  F64 partial[kPartials / kHalf] = {};
-  int64_t i = 0;
-  for (; i + kPartials <= count; i += kPartials) {
-    for (int j = 0; j < kPartials / kHalf; ++j) {
-      partial[j] += term(__builtin_convertvector(load_bytes<Half>(x + i + j * kHalf), F64));
-    }
-  }
-  double sum[kPartials];
-  std::memcpy(sum, partial, sizeof sum);
-  for (int j = 0; i + j < count; ++j) sum[j] += term(static_cast<double>(x[i + j]));
-  for (int width = kPartials / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
-  }
-  return sum[0];
-}
-
+template <bool kCentred>
 void normalise(const LinearDecodeArgs& args, float* x) {
+  using NormRow = Row<DType::kFloat32, kCentred>;
+  const Elements<DType::kFloat32> elements(x);
   const int64_t count = args.weight.inputs;
-  const bool centered = args.norm == LinearNorm::kLayer;
-  const double mean = centered ? row_sum(x, count, [](auto v) { return v; }) / static_cast<double>(count) : 0.0;
-  const double square = row_sum(x, count, [&](auto v) { return (v - mean) * (v - mean); });
-  // std::sqrt may call the library.
-  const double deviation = _mm_cvtsd_f64(_mm_sqrt_pd(_mm_set1_pd(square / static_cast<double>(count) + args.eps)));
-  // Next to the mean, x - center is exact.
-  const float center = static_cast<float>(mean), factor = static_cast<float>(1.0 / deviation);
-  const float offset = static_cast<float>((center - mean) / deviation);
+  NormRow row(elements, count);
+  double moments[NormRow::kMoments];
+  sum_row<NormRow::kMoments>(count, moments, [&](int64_t i, int64_t n, Strip* sums) __attribute__((always_inline)) {
+    row.add_moments(row.away(i, n), sums);
+  });
+  row.finish(moments, args.eps);
   for (int64_t i = 0; i < count; i += kBlock) {
     alignas(64) float weight[kBlock], bias[kBlock];
     const int64_t here = std::min(kBlock, count - i);
-    if (args.norm_weight.data != nullptr) {
-      widen(weight, args.norm_weight, i * args.norm_weight.stride[0], args.norm_weight.stride[0], here);
-    }
-    if (args.norm_bias.data != nullptr) {
-      widen(bias, args.norm_bias, i * args.norm_bias.stride[0], args.norm_bias.stride[0], here);
-    }
-    for (int64_t j = 0; j < here; j += kLanes) {
-      F32 v = load_bytes<F32>(x + i + j);
-      v = fma(v - center, splat(factor, v), splat(offset, v));
-      if (args.norm_weight.data != nullptr) v *= load_bytes<F32>(weight + j);
-      if (args.norm_bias.data != nullptr) v += load_bytes<F32>(bias + j);
-      std::memcpy(x + i + j, &v, sizeof v);
-    }
+    const auto parameters = [&](float* to, const Operand& operand) {
+      if (operand.data != nullptr) widen(to, operand, i * operand.stride[0], operand.stride[0], here);
+    };
+    parameters(weight, args.norm_weight);
+    parameters(bias, args.norm_bias);
+    for_strips(here, [&](int64_t j, int64_t n) {
+      const auto of = [&](const float* from) {
+        return load_strip<DType::kFloat32>(reinterpret_cast<const char*>(from + j));
+      };
+      Strip v = row.normalised(i + j, n);
+      if (args.norm_weight.data != nullptr) v = v * of(weight);
+      if (args.norm_bias.data != nullptr) v = v + of(bias);
+      elements.store(i + j, n, v);
+    });
   }
 }
 
@@ -96,13 +76,9 @@ PYGEN_INLINE U16 swap_middle(U16 v, std::integer_sequence<int, kLane...>) {
 }
 
 // Of all lanes by a commutative operation, in each of them.
-template <int kBy, class V, int... kLane>
-PYGEN_INLINE V rotate(V v, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(v, v, ((kLane + kBy) % kLanes)...);
-}
 template <int kBy = kLanes / 2, class V, class Op>
 PYGEN_INLINE V across(V v, Op op) {
-  v = op(v, rotate<kBy>(v, std::make_integer_sequence<int, kLanes>{}));
+  v = op(v, rotate<kBy>(v));
   if constexpr (kBy > 1) v = across<kBy / 2>(v, op);
   return v;
 }
@@ -154,7 +130,8 @@ void make_row(const LinearDecodeArgs& args, const LinearRow& layout, int64_t row
   for (int64_t i = 0; i < inputs; i += kBlock) {
     widen(x + i, args.x, row * args.x.stride[0] + i * args.x.stride[1], args.x.stride[1], std::min(kBlock, inputs - i));
   }
-  if (args.norm != LinearNorm::kNone) normalise(args, x);
+  if (args.norm == LinearNorm::kRms) normalise<false>(args, x);
+  if (args.norm == LinearNorm::kLayer) normalise<true>(args, x);
   std::fill(x + inputs, x + layout.inputs, 0.0f);
   uint16_t* const words = reinterpret_cast<uint16_t*>(scratch + layout.words_at);
   if (args.weight.quantised()) {

@@ -59,6 +59,13 @@ PYGEN_INLINE void store_strip(char* to, DType dtype, const Strip& strip) {
   __builtin_unreachable();
 }
 
+// The first elements, and 0 behind.
+PYGEN_INLINE Strip first_of(const Strip& strip, int64_t count) {
+  float elements[kStrip] = {};
+  std::memcpy(elements, &strip, count * sizeof(float));
+  return load_strip<DType::kFloat32>(reinterpret_cast<const char*>(elements));
+}
+
 // Copies `count` elements of `size` bytes between places with strides in elements.
 [[maybe_unused]] inline void copy_elements(char* to, int64_t to_stride, const char* from, int64_t from_stride,
                                            int64_t count, int64_t size) {

@@ -183,6 +183,16 @@ PYGEN_INLINE V join_lanes(V v, Join join) {
   return v;
 }
 
+// Lane i + kBy in lane i, round the end.
+template <int kBy, class V, int... kLane>
+PYGEN_INLINE V rotate(V v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, ((kLane + kBy) % kLanes)...);
+}
+template <int kBy, class V>
+PYGEN_INLINE V rotate(V v) {
+  return rotate<kBy>(v, std::make_integer_sequence<int, kLanes>{});
+}
+
 // The even (which = 0) or the odd (which = 1) lanes of a, then of b.
 template <int kWhich, int... kLane>
 PYGEN_INLINE F32 every_other(F32 a, F32 b, std::integer_sequence<int, kLane...>) {

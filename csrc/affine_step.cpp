@@ -33,8 +33,8 @@ void check_row(const AffineStepArgs& args, const double* row, int64_t index) {
                     ": row ", index, " adds noise: give seed or noise");
 }
 
-[[maybe_unused]] void launch(const Cpu&, const AffineStepArgs& args, int64_t count) {
-  parallel_elements(count, args.seed == nullptr ? kMoveGrain : kNoiseGrain, affine_step, args);
+[[maybe_unused]] void launch(const Cpu& cpu, const AffineStepArgs& args, int64_t count) {
+  cpu.run_elements(affine_step, args, count, args.seed == nullptr ? kMoveGrain : kNoiseGrain);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, const AffineStepArgs& args, int64_t) { gpu.run(cuda::affine_step, args); }
@@ -134,7 +134,7 @@ void affine_step_op(const at::Tensor& x, const std::optional<at::Tensor>& model_
     args.sample_ids = sample_ids->const_data_ptr<int64_t>();
     args.sample_ids_stride = sample_ids->stride(0);
   }
-  if (Backend::kHostCanRead) {
+  if (Backend::host_can_read()) {
     const auto check = [&](const double* row, int64_t index) { check_row(args, row, index); };
     check_rows(kOp, args, args.size[0], args.size[1], check);
   }

@@ -34,11 +34,10 @@ void check_positions(const CacheAppendArgs& args) {
   }
 }
 
-[[maybe_unused]] void launch(const Cpu&, const CacheAppendArgs& args) {
+[[maybe_unused]] void launch(const Cpu& cpu, const CacheAppendArgs& args) {
   const int64_t heads = args.q_heads + 2 * args.cache.kv_heads;
   const int64_t elements = std::min(args.length, kRopeTokens) * heads * args.cache.head_dim;
-  at::parallel_for(0, args.cache.batch * rope_units(args.length), (kMoveGrain + elements - 1) / elements,
-                   [&](int64_t begin, int64_t end) { cache_append(args, begin, end); });
+  cpu.run(cache_append, args, args.cache.batch * rope_units(args.length), (kMoveGrain + elements - 1) / elements);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, const CacheAppendArgs& args) { gpu.run(cuda::cache_append, args); }
@@ -91,7 +90,7 @@ void cache_append_op(const at::Tensor& k, const at::Tensor& v, const at::Tensor&
   if (rope.has_value()) args.rope = rope_table(kOp, "rope", *rope, k.size(3), interleaved, device);
   if (positions.has_value()) args.positions = rope_positions(kOp, *positions, k.size(0), args.length, device);
   if (k.numel() == 0) return;
-  if (Backend::kHostCanRead) {
+  if (Backend::host_can_read()) {
     check_kv_slots(kOp, args.cache, args.length);
     if (rope.has_value()) check_positions(args);
   }

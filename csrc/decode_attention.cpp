@@ -31,18 +31,12 @@ Operand query_operand(const char* name, const at::Tensor& tensor) {
   return operand;
 }
 
-[[maybe_unused]] void launch(const Cpu&, const DecodeAttentionArgs& args) {
-  check_kv_slots(kOp, args.cache, args.window + args.q_len - 1);
-  int64_t items = 0;
-  for (int64_t b = 0; b < args.cache.batch; ++b) {
-    items += splits_of(args, kv_length(args.cache, b)).count * args.cache.kv_heads;
-  }
+[[maybe_unused]] void launch(const Cpu& cpu, const DecodeAttentionArgs& args) {
+  if (Cpu::host_can_read()) check_kv_slots(kOp, args.cache, args.window + args.q_len - 1);
   const auto grain = [&](int64_t elements) { return std::max<int64_t>(1, kMoveGrain / elements); };
-  at::parallel_for(0, items, grain(2 * kSplitKeys * args.cache.head_dim),
-                   [&](int64_t begin, int64_t end) { decode_attention(args, begin, end); });
+  cpu.run(decode_attention, args, [args] { return work_items(args); }, grain(2 * kSplitKeys * args.cache.head_dim));
   const int64_t rows = args.cache.batch * args.cache.kv_heads * args.group * args.q_len;
-  at::parallel_for(0, rows, grain(args.splits * args.cache.head_dim),
-                   [&](int64_t begin, int64_t end) { decode_attention_merge(args, begin, end); });
+  cpu.run(decode_attention_merge, args, rows, grain(args.splits * args.cache.head_dim));
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, const DecodeAttentionArgs& args) { gpu.run(cuda::decode_attention, args); }
@@ -104,7 +98,9 @@ void decode_attention_op(const at::Tensor& q, const at::Tensor& k_cache, const a
   args.statistics = args.partials + rows * padded;
 
   // Launch.
-  launch(Backend(q), args);
+  const Backend backend(q);
+  backend.keep(workspace);
+  launch(backend, args);
 }
 
 PYGEN_OP("decode_attention", decode_attention_op,

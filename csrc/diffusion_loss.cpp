@@ -31,13 +31,12 @@ void check_rows(const DiffusionLossArgs& args) {
   }
 }
 
-[[maybe_unused]] void launch(const Cpu&, const DiffusionLossArgs& args) {
+[[maybe_unused]] void launch(const Cpu& cpu, const DiffusionLossArgs& args) {
   const int64_t units = args.size[0] * args.size[1] * args.segments;
   const int64_t elements = std::min(args.place_elements, kLossSegment);
   const int64_t grain = args.seed == nullptr ? kMoveGrain : kNoiseGrain;
-  at::parallel_for(0, units, (grain + elements - 1) / elements,
-                   [&](int64_t begin, int64_t end) { diffusion_loss(args, begin, end); });
-  if (args.loss != nullptr) diffusion_loss_mean(args, 0, args.size[0]);
+  cpu.run(diffusion_loss, args, units, (grain + elements - 1) / elements);
+  if (args.loss != nullptr) cpu.run(diffusion_loss_mean, args, args.size[0], args.size[0]);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, const DiffusionLossArgs& args) { gpu.run(cuda::diffusion_loss, args); }
@@ -129,7 +128,7 @@ void diffusion_loss_op(const at::Tensor& model_output, const at::Tensor& x0, con
     }
   }
   if (like.numel() == 0) {
-    if (out.has_value()) out->fill_(std::numeric_limits<double>::quiet_NaN());  // a mean of nothing
+    if (out.has_value()) Backend(*out).fill(*out, std::numeric_limits<double>::quiet_NaN());  // a mean of nothing
     return;
   }
 
@@ -157,10 +156,12 @@ void diffusion_loss_op(const at::Tensor& model_output, const at::Tensor& x0, con
     args.loss = out->mutable_data_ptr<float>();
     args.loss_stride = out->stride(0);
   }
-  if (Backend::kHostCanRead) check_rows(args);
+  if (Backend::host_can_read()) check_rows(args);
 
   // Launch.
-  launch(Backend(like), args);
+  const Backend backend(like);
+  backend.keep(partial);
+  launch(backend, args);
 }
 
 PYGEN_OP("diffusion_loss", diffusion_loss_op,

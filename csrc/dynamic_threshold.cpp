@@ -1,6 +1,7 @@
 #include "pygen/dynamic_threshold.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
@@ -26,21 +27,34 @@ void find_ranks(DynamicThresholdArgs& args, double ratio) {
 }
 
 // Threads share the samples where there are enough of them, else each sample's elements.
-[[maybe_unused]] void launch(const Cpu&, const DynamicThresholdArgs& args, at::Device) {
+[[maybe_unused]] void launch(const Cpu& cpu, DynamicThresholdArgs args, at::Device) {
+  constexpr int64_t kUnit = 1024;
   const int64_t elements = args.sample_elements, samples = args.step.size[0];
-  const auto select = [&](int64_t sample) {
-    const auto count = [&](const DynamicThresholdArgs& pass, int64_t begin, int64_t end) {
-      dynamic_threshold(pass, sample * elements + begin, sample * elements + end);
+  if (samples >= at::get_num_threads()) {
+    const auto select = [args, elements](int64_t begin, int64_t end) {
+      DynamicThresholdArgs own = args;
+      for (int64_t sample = begin; sample < end; ++sample) {
+        Selection selection{};
+        own.selection = &selection;
+        for (own.pass = 0; own.pass < kPasses; ++own.pass) {
+          dynamic_threshold(own, sample * elements, (sample + 1) * elements);
+        }
+      }
     };
-    Selection selection{};
-    DynamicThresholdArgs own = args;
-    own.selection = &selection;
-    for (own.pass = 0; own.pass < kPasses; ++own.pass) parallel_elements(elements, kNoiseGrain, count, own);
-  };
-  const int64_t grain = samples < at::get_num_threads() ? samples : std::max<int64_t>(1, kNoiseGrain / elements);
-  at::parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t sample = begin; sample < end; ++sample) select(sample);
-  });
+    return cpu.run(select, samples, std::max<int64_t>(1, kNoiseGrain / elements));
+  }
+  const at::Tensor selections = at::empty({samples * static_cast<int64_t>(sizeof(Selection))}, at::kByte);
+  cpu.keep(selections);
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    args.selection = static_cast<Selection*>(selections.data_ptr()) + sample;
+    cpu.run([args](int64_t, int64_t) { *args.selection = {}; }, 1, 1);
+    for (args.pass = 0; args.pass < kPasses; ++args.pass) {
+      const auto count = [args, elements, sample](int64_t begin, int64_t end) {
+        dynamic_threshold(args, sample * elements + begin * kUnit, sample * elements + std::min(end * kUnit, elements));
+      };
+      cpu.run(count, (elements + kUnit - 1) / kUnit, kNoiseGrain / kUnit);
+    }
+  }
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, DynamicThresholdArgs args, at::Device device) {
@@ -102,7 +116,7 @@ void dynamic_threshold_op(const at::Tensor& x, const std::optional<at::Tensor>& 
   args.columns = width;
   args.max_value = static_cast<float>(max_value);
   find_ranks(args, ratio);
-  if (Backend::kHostCanRead) {
+  if (Backend::host_can_read()) {
     check_rows(kOp, args.step, samples, 1, [&](const double* row, int64_t index) {
       TORCH_CHECK_VALUE(row[kPredOut] == 0.0 || model_output.has_value(), kOp, ": row ", index,
                         " reads the model output, and model_output is None");

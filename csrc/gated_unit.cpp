@@ -75,7 +75,7 @@ Activation activation_of(c10::string_view name) {
   args.ndim = space.finish(kOp, args.size);
 
   // Launch.
-  parallel_elements(gate.numel(), kMoveGrain, gated_unit, args);
+  Cpu(gate).run_elements(gated_unit, args, gate.numel(), kMoveGrain);
 }
 
 PYGEN_CPU_OP("gated_unit", gated_unit_cpu,

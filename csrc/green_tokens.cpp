@@ -8,9 +8,8 @@ namespace {
 
 constexpr const char* kOp = "green_tokens";
 
-[[maybe_unused]] void launch(const Cpu&, const GreenTokensArgs& args) {
-  at::parallel_for(0, args.samples * args.green.capacity, 256,
-                   [&](int64_t begin, int64_t end) { green_tokens(args, begin, end); });
+[[maybe_unused]] void launch(const Cpu& cpu, const GreenTokensArgs& args) {
+  cpu.run(green_tokens, args, args.samples * args.green.capacity, 256);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, const GreenTokensArgs& args) { gpu.run(cuda::green_tokens, args); }

@@ -102,8 +102,7 @@ int64_t groups_together(int64_t samples, int64_t groups, int64_t channels) {
 
   // Launch.
   const int64_t units = samples * (groups / args.unit);
-  at::parallel_for(0, units, std::max<int64_t>(1, kMoveGrain / (x.numel() / units)),
-                   [&](int64_t begin, int64_t end) { group_norm_silu(args, begin, end); });
+  Cpu(x).run(group_norm_silu, args, units, std::max<int64_t>(1, kMoveGrain / (x.numel() / units)));
 }
 
 PYGEN_CPU_OP("group_norm_silu", group_norm_silu_cpu,

@@ -73,12 +73,11 @@ at::Tensor reserve_scratch(LinearDecodeArgs& args, int64_t bytes, const at::Tens
   return scratch;
 }
 
-[[maybe_unused]] void launch(const Cpu&, LinearDecodeArgs& args, const at::Tensor& x) {
+[[maybe_unused]] void launch(const Cpu& cpu, LinearDecodeArgs& args, const at::Tensor& x) {
   const at::Tensor scratch = reserve_scratch(args, args.rows * LinearRow(args).bytes, x);
-  at::parallel_for(0, args.rows, std::max<int64_t>(1, kMoveGrain / args.weight.inputs),
-                   [&](int64_t begin, int64_t end) { linear_decode_rows(args, begin, end); });
-  at::parallel_for(0, args.weight.panels(), std::max<int64_t>(1, kWeightGrain / args.weight.panel_bytes()),
-                   [&](int64_t begin, int64_t end) { linear_decode(args, begin, end); });
+  cpu.keep(scratch);
+  cpu.run(linear_decode_rows, args, args.rows, std::max<int64_t>(1, kMoveGrain / args.weight.inputs));
+  cpu.run(linear_decode, args, args.weight.panels(), std::max<int64_t>(1, kWeightGrain / args.weight.panel_bytes()));
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, LinearDecodeArgs& args, const at::Tensor& x) {

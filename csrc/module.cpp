@@ -1,6 +1,9 @@
 // pygen._C: what is not a tensor op. Loading the module registers the ops with torch.
 #include <pybind11/pybind11.h>
 
+#include <ATen/Parallel.h>
+
+#include "program.h"
 #include "pygen/affine_step.h"
 #include "pygen/diffusion_loss.h"
 #include "pygen/isa.h"
@@ -30,6 +33,16 @@ PYBIND11_MODULE(_C, module) {
         return names;
       },
       "The instruction sets that are compiled in.");
+
+  py::class_<pygen::Program>(module, "Program", "What ops launch on the CPU between start and stop, to be replayed.")
+      .def(py::init<>())
+      .def("start", &pygen::Program::start, "From here on this thread's ops add to the program instead of running.")
+      .def("stop", &pygen::Program::stop)
+      .def("__len__", &pygen::Program::size)
+      .def("replay", [](const pygen::Program& program) {
+        const py::gil_scoped_release release;
+        program.replay(at::get_num_threads());
+      });
 
 #if defined(PYGEN_CUDA)
   module.attr("CUDA_BUILT") = true;

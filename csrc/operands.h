@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/ExpandUtils.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/util/SmallVector.h>
@@ -139,13 +138,5 @@ class IterationSpace {
 // move memory, and those that draw noise.
 inline constexpr int64_t kMoveGrain = 32768;
 inline constexpr int64_t kNoiseGrain = 8192;
-
-// Calls kernel(args, begin, end) over [0, count), cut at multiples of 1024 elements.
-template <class Kernel, class Args>
-void parallel_elements(int64_t count, int64_t grain, Kernel kernel, const Args& args) {
-  constexpr int64_t unit = 1024;
-  at::parallel_for(0, (count + unit - 1) / unit, grain / unit,
-                   [&](int64_t begin, int64_t end) { kernel(args, begin * unit, std::min(end * unit, count)); });
-}
 
 }  // namespace pygen

@@ -10,8 +10,8 @@ namespace {
 
 constexpr const char* kOp = "philox_normal";
 
-[[maybe_unused]] void launch(const Cpu&, const PhiloxNormalArgs& args, int64_t count) {
-  parallel_elements(count, kNoiseGrain, philox_normal, args);
+[[maybe_unused]] void launch(const Cpu& cpu, const PhiloxNormalArgs& args, int64_t count) {
+  cpu.run_elements(philox_normal, args, count, kNoiseGrain);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, const PhiloxNormalArgs& args, int64_t) { gpu.run(cuda::philox_normal, args); }

@@ -64,7 +64,7 @@ inline PhiloxSettings philox_settings(const char* op, const std::optional<at::Te
 // The samples' numbers of a setting lie in [least, most], where the host can read them.
 template <class Backend, class T>
 void check_setting(const char* op, const char* name, const Setting<T>& setting, int64_t samples, T least, T most) {
-  if (!Backend::kHostCanRead || setting.data == nullptr) return;
+  if (!Backend::host_can_read() || setting.data == nullptr) return;
   for (int64_t b = 0; b < (setting.stride == 0 ? 1 : samples); ++b) {
     const T value = setting.at(b, least);
     TORCH_CHECK_VALUE(value >= least && value <= most, op, ": ", name, " must lie in [", least, ", ", most, "], got ",

@@ -11,9 +11,8 @@ namespace {
 constexpr std::string_view kPosteriorKinds[] = {"largest", "current", "margin"};
 constexpr const char* kOp = "posterior_token";
 
-[[maybe_unused]] void launch(const Cpu&, PosteriorTokenArgs& args, const at::Tensor&) {
-  at::parallel_for(0, args.samples * args.rows, std::max<int64_t>(1, kNoiseGrain / args.vocabulary),
-                   [&](int64_t begin, int64_t end) { posterior_token(args, begin, end); });
+[[maybe_unused]] void launch(const Cpu& cpu, PosteriorTokenArgs& args, const at::Tensor&) {
+  cpu.run(posterior_token, args, args.samples * args.rows, std::max<int64_t>(1, kNoiseGrain / args.vocabulary));
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, PosteriorTokenArgs& args, const at::Tensor& logits) {
@@ -66,7 +65,7 @@ void posterior_token_op(const at::Tensor& logits, const at::Tensor& current, con
   args.confidence = plane<float>(kOp, "confidence", confidence, size, device);
   args.next = plane<int64_t>(kOp, "out", out, positions, device);
   if (logits.numel() == 0 || rows == 0) return;
-  if (Backend::kHostCanRead && index.has_value()) {
+  if (Backend::host_can_read() && index.has_value()) {
     for (int64_t b = 0; b < samples; ++b) {
       for (int64_t j = 0; j < rows; ++j) {
         const int64_t at = args.index.at(b, j);

@@ -10,10 +10,9 @@ namespace {
 
 constexpr const char* kOp = "rope";
 
-[[maybe_unused]] void launch(const Cpu&, const RopeArgs& args) {
+[[maybe_unused]] void launch(const Cpu& cpu, const RopeArgs& args) {
   const int64_t elements = std::min(args.length, kRopeTokens) * args.heads * args.head_dim;
-  at::parallel_for(0, args.batch * rope_units(args.length), (kMoveGrain + elements - 1) / elements,
-                   [&](int64_t begin, int64_t end) { rope(args, begin, end); });
+  cpu.run(rope, args, args.batch * rope_units(args.length), (kMoveGrain + elements - 1) / elements);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, const RopeArgs& args) { gpu.run(cuda::rope, args); }
@@ -37,7 +36,7 @@ void rope_op(const at::Tensor& x, const at::Tensor& positions, const at::Tensor&
   args.table = rope_table(kOp, "table", table, x.size(3), interleaved, x.device());
   args.positions = rope_positions(kOp, positions, args.batch, args.length, x.device());
   if (x.numel() == 0) return;
-  if (Backend::kHostCanRead) {
+  if (Backend::host_can_read()) {
     for (int64_t b = 0; b < args.batch; ++b) {
       for (int64_t t = 0; t < args.length; ++t) check_position(kOp, args.table, args.positions.at(b, t));
     }

@@ -8,9 +8,8 @@ namespace {
 
 constexpr const char* kOp = "route_token";
 
-[[maybe_unused]] void launch(const Cpu&, const RouteTokenArgs& args) {
-  at::parallel_for(0, args.samples * args.positions, kNoiseGrain,
-                   [&](int64_t begin, int64_t end) { route_token(args, begin, end); });
+[[maybe_unused]] void launch(const Cpu& cpu, const RouteTokenArgs& args) {
+  cpu.run(route_token, args, args.samples * args.positions, kNoiseGrain);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, const RouteTokenArgs& args) { gpu.run(cuda::route_token, args); }

@@ -112,8 +112,7 @@ void check_overlap(const at::Tensor& out, std::initializer_list<OptionalTensor> 
   args.stream = static_cast<int64_t>(out.nbytes()) >= kStreamBytes;
 
   // Launch.
-  at::parallel_for(0, count, std::max<int64_t>(1, kMoveGrain / args.rows.elements),
-                   [&](int64_t begin, int64_t end) { row_norm(args, begin, end); });
+  Cpu(x).run(row_norm, args, count, std::max<int64_t>(1, kMoveGrain / args.rows.elements));
 }
 
 [[maybe_unused]] void row_norm_backward_cpu(const at::Tensor& x, const at::Tensor& grad, const OptionalTensor& weight,
@@ -143,12 +142,13 @@ void check_overlap(const at::Tensor& out, std::initializer_list<OptionalTensor> 
   if (grad_bias.has_value()) args.bias_sums = bias_sums.data_ptr<float>();
 
   // Launch.
+  const Cpu cpu(x);
+  cpu.keep(weight_sums), cpu.keep(bias_sums);
   const int64_t elements = std::max<int64_t>(1, args.rows.elements * kRowNormChunk);
-  at::parallel_for(0, args.chunks, std::max<int64_t>(1, kMoveGrain / elements),
-                   [&](int64_t begin, int64_t end) { row_norm_backward(args, begin, end); });
+  cpu.run(row_norm_backward, args, args.chunks, std::max<int64_t>(1, kMoveGrain / elements));
   if (grad_weight.has_value() || grad_bias.has_value()) {
-    parallel_elements(args.rows.elements, std::max<int64_t>(1024, kMoveGrain / std::max<int64_t>(1, args.chunks)),
-                      row_norm_gradients, args);
+    cpu.run_elements(row_norm_gradients, args, args.rows.elements,
+                     std::max<int64_t>(1024, kMoveGrain / std::max<int64_t>(1, args.chunks)));
   }
 }
 

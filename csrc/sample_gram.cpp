@@ -11,16 +11,17 @@ namespace {
 
 constexpr const char* kOp = "sample_gram";
 
-[[maybe_unused]] void launch(const Cpu&, SampleGramArgs args, at::Device) {
+[[maybe_unused]] void launch(const Cpu& cpu, SampleGramArgs args, at::Device) {
   const int64_t samples = args.size[0], blocks = samples * args.blocks;
   const int sums = gram_sums(args.n_vectors);
-  c10::SmallVector<double, 1024> partials(blocks * sums);
-  args.partials = partials.data();
-  at::parallel_for(0, blocks, kMoveGrain / kGramBlock,
-                   [&](int64_t begin, int64_t end) { sample_gram(args, begin, end); });
-  for (int64_t sample = 0; sample < samples; ++sample) {
-    for (int sum = 0; sum <= sums; ++sum) gram_entry(args, sample, sum);
-  }
+  const at::Tensor partials = at::empty({blocks * sums}, at::kDouble);
+  args.partials = partials.mutable_data_ptr<double>();
+  cpu.keep(partials);
+  cpu.run(sample_gram, args, blocks, kMoveGrain / kGramBlock);
+  const auto entries = [args, sums](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) gram_entry(args, i / (sums + 1), static_cast<int>(i % (sums + 1)));
+  };
+  cpu.run(entries, samples * (sums + 1), samples * (sums + 1));
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, SampleGramArgs args, at::Device device) {
@@ -58,7 +59,7 @@ void sample_gram_op(at::TensorList tensors, const at::Tensor& out) {
   IterationSpace space(first.sizes(), dims, /*leading=*/1, /*keep_order=*/false);
   for (int64_t i = 0; i < n; ++i) space.add(args.vector[i], kernel_dtype(kOp, "tensors", tensors[i]), tensors[i]);
   if (first.numel() == 0) {
-    out.zero_();
+    Backend(out).fill(out, 0.0);
     return;
   }
   args.ndim = space.finish(kOp, args.size);

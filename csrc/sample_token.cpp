@@ -12,19 +12,21 @@ namespace {
 constexpr const char* kOp = "sample_token";
 constexpr int64_t kTokenGrain = 32768;  // logits that are worth a thread
 
-[[maybe_unused]] void launch(const Cpu&, SampleTokenArgs& args, const at::Tensor& logits) {
+[[maybe_unused]] void launch(const Cpu& cpu, SampleTokenArgs& args, const at::Tensor& logits) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   args.parts = std::clamp<int64_t>(args.vocabulary / kTokenGrain, 1, std::max<int64_t>(1, threads / args.rows));
-  const int64_t bytes = SampleSlot(args, nullptr).bytes, slots = args.parts > 1 ? args.rows : threads;
+  args.slot_by_row = args.parts > 1 || cpu.program != nullptr;  // else by thread, of which a program knows nothing
+  const int64_t bytes = SampleSlot(args, nullptr).bytes, slots = args.slot_by_row ? args.rows : threads;
   const at::Tensor workspace = at::empty({slots * bytes}, logits.options().dtype(at::kByte));
   args.workspace = static_cast<char*>(workspace.data_ptr());
   for (int64_t slot = 0; slot < slots; ++slot) *SampleSlot(args, args.workspace + slot * bytes).finished = 0;
-  at::parallel_for(0, args.rows * args.parts, std::max<int64_t>(1, kTokenGrain * args.parts / args.vocabulary),
-                   [&](int64_t begin, int64_t end) {
-                     SampleTokenArgs own = args;
-                     if (args.parts == 1) own.workspace += at::get_thread_num() * bytes;
-                     sample_token(own, begin, end);
-                   });
+  cpu.keep(workspace);
+  const auto body = [args, bytes](int64_t begin, int64_t end) {
+    SampleTokenArgs own = args;
+    if (!args.slot_by_row) own.workspace += at::get_thread_num() * bytes;
+    sample_token(own, begin, end);
+  };
+  cpu.run(body, args.rows * args.parts, std::max<int64_t>(1, kTokenGrain * args.parts / args.vocabulary));
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, SampleTokenArgs& args, const at::Tensor& logits) {

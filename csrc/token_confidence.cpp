@@ -10,10 +10,9 @@ namespace {
 
 constexpr const char* kOp = "token_confidence";
 
-[[maybe_unused]] void launch(const Cpu&, TokenConfidenceArgs& args, const at::Tensor&) {
+[[maybe_unused]] void launch(const Cpu& cpu, TokenConfidenceArgs& args, const at::Tensor&) {
   const int64_t rows = args.samples * args.positions;
-  at::parallel_for(0, rows, std::max<int64_t>(1, kNoiseGrain / args.vocabulary),
-                   [&](int64_t begin, int64_t end) { token_confidence(args, begin, end); });
+  cpu.run(token_confidence, args, rows, std::max<int64_t>(1, kNoiseGrain / args.vocabulary));
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, TokenConfidenceArgs& args, const at::Tensor& logits) {

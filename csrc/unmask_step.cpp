@@ -10,11 +10,11 @@ namespace {
 
 constexpr const char* kOp = "unmask_step";
 
-[[maybe_unused]] void launch(const Cpu&, UnmaskStepArgs& args, const at::Tensor& sample) {
+[[maybe_unused]] void launch(const Cpu& cpu, UnmaskStepArgs& args, const at::Tensor& sample) {
   const at::Tensor workspace = at::empty({args.samples * args.positions}, sample.options());
   args.workspace = static_cast<uint64_t*>(workspace.data_ptr());
-  at::parallel_for(0, args.samples, std::max<int64_t>(1, 4096 / args.positions),
-                   [&](int64_t begin, int64_t end) { unmask_step(args, begin, end); });
+  cpu.keep(workspace);
+  cpu.run(unmask_step, args, args.samples, std::max<int64_t>(1, 4096 / args.positions));
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, UnmaskStepArgs& args, const at::Tensor& sample) {

@@ -12,9 +12,8 @@ namespace {
 
 constexpr const char* kOp = "verify_draft";
 
-[[maybe_unused]] void launch(const Cpu&, VerifyDraftArgs& args, const at::Tensor&) {
-  at::parallel_for(0, args.samples, std::max<int64_t>(1, kNoiseGrain / (args.vocabulary * (args.drafted + 1))),
-                   [&](int64_t begin, int64_t end) { verify_draft(args, begin, end); });
+[[maybe_unused]] void launch(const Cpu& cpu, VerifyDraftArgs& args, const at::Tensor&) {
+  cpu.run(verify_draft, args, args.samples, std::max<int64_t>(1, kNoiseGrain / (args.vocabulary * (args.drafted + 1))));
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, VerifyDraftArgs& args, const at::Tensor& logits) {

@@ -8,10 +8,9 @@ namespace {
 
 constexpr const char* kOp = "watermark_logits";
 
-[[maybe_unused]] void launch(const Cpu&, const WatermarkLogitsArgs& args) {
+[[maybe_unused]] void launch(const Cpu& cpu, const WatermarkLogitsArgs& args) {
   const int64_t blocks = (args.vocabulary + kRowBlock - 1) / kRowBlock;
-  at::parallel_for(0, args.samples * args.positions * blocks, kNoiseGrain / kRowBlock,
-                   [&](int64_t begin, int64_t end) { watermark_logits(args, begin, end); });
+  cpu.run(watermark_logits, args, args.samples * args.positions * blocks, kNoiseGrain / kRowBlock);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, const WatermarkLogitsArgs& args) { gpu.run(cuda::watermark_logits, args); }

@@ -18,6 +18,7 @@ from pygen.ops.linear_decode import linear_decode
 from pygen.ops.packed_linear import PackedLinear, pack_linear
 from pygen.ops.philox_normal import philox_normal
 from pygen.ops.posterior_token import posterior_token
+from pygen.ops.record import Program, record
 from pygen.ops.rope import rope, rope_frequencies, rope_table
 from pygen.ops.route_token import route_token
 from pygen.ops.row_norm import layer_norm, rms_norm
@@ -32,6 +33,7 @@ from pygen.patch import accelerate
 __version__ = "0.1.0"
 __all__ = [
     "PackedLinear",
+    "Program",
     "StepPlan",
     "TokenInfo",
     "WatermarkScore",
@@ -53,6 +55,7 @@ __all__ = [
     "philox_normal",
     "plan",
     "posterior_token",
+    "record",
     "rms_norm",
     "rope",
     "rope_frequencies",

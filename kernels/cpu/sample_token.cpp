@@ -21,7 +21,7 @@ struct Row : SampleRow {
         logits(args.logits, row, 0, args.vocabulary),
         blocks(static_cast<int>((args.vocabulary + kRowBlock - 1) / kRowBlock)),
         slot(args, args.workspace) {
-    if (args.parts > 1) slot = SampleSlot(args, args.workspace + row * slot.bytes);
+    if (args.slot_by_row) slot = SampleSlot(args, args.workspace + row * slot.bytes);
   }
 
   int first_block(int64_t part) const { return SampleSlot::first_block(blocks, args.parts, part); }
@@ -287,7 +287,9 @@ void sample_token(const SampleTokenArgs& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Row row(args, i / args.parts);
     row.scan(i % args.parts);
-    if (args.parts == 1 || __atomic_add_fetch(row.slot.finished, 1, __ATOMIC_ACQ_REL) == args.parts) row.finish();
+    if (args.parts > 1 && __atomic_add_fetch(row.slot.finished, 1, __ATOMIC_ACQ_REL) < args.parts) continue;
+    *row.slot.finished = 0;
+    row.finish();
   }
 }
 

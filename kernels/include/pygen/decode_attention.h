@@ -98,6 +98,15 @@ struct WorkItem {
   PYGEN_INLINE int64_t split() const { return index % splits.count; }  // counted from the sequence's first
 };
 
+// How many there are.
+inline int64_t work_items(const DecodeAttentionArgs& args) {
+  int64_t items = 0;
+  for (int64_t b = 0; b < args.cache.batch; ++b) {
+    items += splits_of(args, kv_length(args.cache, b)).count * args.cache.kv_heads;
+  }
+  return items;
+}
+
 // The number of a split's first query row among all partial results; those of one split lie together, the query heads
 // of the group running fastest.
 PYGEN_INLINE int64_t partial_row(const DecodeAttentionArgs& args, int64_t sequence, int64_t head, int64_t split) {

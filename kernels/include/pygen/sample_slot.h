@@ -1,5 +1,5 @@
 // Where sample_token's CPU kernel keeps what it knows of a row: in one piece of memory, of which it only needs the
-// first number to be 0.
+// first number to be 0, and leaves it so.
 #pragma once
 
 #include <type_traits>

@@ -24,8 +24,9 @@ struct SampleTokenArgs {
   Plane<int64_t> token;
   Plane<float> log_prob, raw_log_prob;
   Plane<bool> ok;
-  int64_t parts;    // CPU: the pieces of a row that threads share; the kernel's range runs over rows x parts
-  char* workspace;  // CPU: a slot for every row that is cut, else one; GPU: sample_token_workspace() bytes
+  int64_t parts;     // CPU: the pieces of a row that threads share; the kernel's range runs over rows x parts
+  bool slot_by_row;  // CPU: whether each row has a slot, as it must where it is cut; else there is one
+  char* workspace;   // CPU: the slots; GPU: sample_token_workspace() bytes
 };
 
 PYGEN_CPU_KERNEL(sample_token, SampleTokenArgs)

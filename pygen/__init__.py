@@ -11,6 +11,7 @@ from pygen.ops.cache_append import cache_append
 from pygen.ops.decode_attention import decode_attention
 from pygen.ops.diffusion_loss import diffusion_loss
 from pygen.ops.dynamic_threshold import dynamic_threshold
+from pygen.ops.embedding import embedding
 from pygen.ops.gated_unit import geglu, swiglu
 from pygen.ops.green_tokens import WatermarkScore, detect_watermark, green_tokens
 from pygen.ops.group_norm_silu import group_norm_silu
@@ -46,6 +47,7 @@ __all__ = [
     "diffusion_loss",
     "doctor",
     "dynamic_threshold",
+    "embedding",
     "geglu",
     "green_tokens",
     "group_norm_silu",

@@ -1,8 +1,10 @@
 // pygen._C: what is not a tensor op. Loading the module registers the ops with torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <ATen/Parallel.h>
 
+#include "checkpoint_header.h"
 #include "program.h"
 #include "pygen/affine_step.h"
 #include "pygen/diffusion_loss.h"
@@ -10,6 +12,27 @@
 #include "pygen/philox_normal.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// (tensors, metadata, lengths of the arrays that are not in metadata), as csrc/checkpoint_header.h has them.
+template <pygen::CheckpointHeader (*parse)(std::span<const uint8_t>)>
+py::tuple parse_header(const py::buffer& file) {
+  const py::buffer_info info = file.request();
+  if (info.ndim != 1 || info.itemsize != 1 || info.strides[0] != 1) throw py::type_error("a file must be flat bytes");
+  const pygen::CheckpointHeader header = parse({static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size)});
+  py::list tensors;
+  for (const pygen::StoredTensor& tensor : header.tensors) {
+    tensors.append(
+        py::make_tuple(tensor.name, tensor.format, py::tuple(py::cast(tensor.shape)), tensor.begin, tensor.end));
+  }
+  py::dict metadata, lengths;
+  for (const auto& [key, value] : header.metadata) metadata[py::str(key)] = py::cast(value);
+  for (const auto& [key, length] : header.array_lengths) lengths[py::str(key)] = py::cast(length);
+  return py::make_tuple(tensors, metadata, lengths);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "pygen's compiled half: importing it registers the operators of torch.ops.pygen.";
@@ -43,6 +66,10 @@ PYBIND11_MODULE(_C, module) {
         const py::gil_scoped_release release;
         program.replay(at::get_num_threads());
       });
+  module.def("parse_safetensors", &parse_header<pygen::parse_safetensors>, py::arg("file"),
+             "The header of a safetensors file; ValueError where it is malformed.");
+  module.def("parse_gguf", &parse_header<pygen::parse_gguf>, py::arg("file"),
+             "The header of a GGUF file; ValueError where it is malformed.");
 
 #if defined(PYGEN_CUDA)
   module.attr("CUDA_BUILT") = true;

@@ -1,12 +1,33 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and the error of those that cannot be used."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written: one line that names the file and the field or tensor."""
+
+
+def refuse(file: Path, problem: object) -> NoReturn:
+    """Raise the :class:`CheckpointError` of ``file``."""
+    raise CheckpointError(f"{file}: {' '.join(str(problem).split())}") from None
+
+
+def open_regular(file: Path) -> IO[bytes]:
+    """A stream that reads a regular file; what is none (a pipe, whose opening may wait for ever) is refused."""
+    try:
+        mode = os.stat(file).st_mode
+        if not stat.S_ISREG(mode):
+            refuse(file, "a directory, where a file should be" if stat.S_ISDIR(mode) else "not a regular file")
+        return open(file, "rb")
+    except OSError as error:
+        refuse(file, error.strerror)
 
 
 @contextmanager

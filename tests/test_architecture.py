@@ -15,7 +15,15 @@ from pygen import _C
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles"
 # Each room may import those before it, and itself.
-ROOMS = ["pygen._C", "pygen.kernels", "pygen.files", "pygen.ops", "pygen.diffusion", "pygen.models"]
+ROOMS = [
+    "pygen._C",
+    "pygen.kernels",
+    "pygen.files",
+    "pygen.ops",
+    "pygen.diffusion",
+    "pygen.autoregressive",
+    "pygen.models",
+]
 
 
 def room_of(module: str) -> int:

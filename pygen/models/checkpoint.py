@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pygen.diffusion.plan import PREDICTIONS
 from pygen.diffusion.schedules import SCHEDULES, make_schedule
-from pygen.files import replacing
+from pygen.files import CheckpointError as CheckpointError
+from pygen.files import refuse, replacing
 from pygen.models.unet import UNet
 
 FORMAT = "pygen-model"
@@ -34,10 +35,6 @@ MAX_COUNT = 1_000_000  # no width, class or step count is larger; what is would 
 
 # A model class takes JSON values by keyword, keeps them in ``config``, and has ``sample_shape`` and ``num_classes``.
 MODELS: dict[str, type[UNet]] = {"UNet": UNet}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def save_model(directory: str | os.PathLike[str], model: UNet, **description: An
     try:
         text = json.dumps({**header, **description}, indent=2) + "\n"
     except (TypeError, ValueError) as error:
-        _fail(config, error)
+        refuse(config, error)
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
     skeleton, _ = _parse_config(config, text)
     _parse_weights(weights, data, skeleton)
@@ -74,14 +71,14 @@ def save_model(directory: str | os.PathLike[str], model: UNet, **description: An
             weights_stream.write(data)
             config_stream.write(text.encode())
     except OSError as error:
-        _fail(config.parent, error.strerror)
+        refuse(config.parent, error.strerror)
 
 
 def load_model(directory: str | os.PathLike[str]) -> tuple[UNet, ModelDescription]:
     """The model, on the CPU and in eval mode, and its description."""
     config, weights = _files(directory)
     if not config.parent.is_dir():
-        _fail(config.parent, "not a directory")
+        refuse(config.parent, "not a directory")
     model, description = _parse_config(config, _read(config))
     model.load_state_dict(_parse_weights(weights, _read(weights), model), assign=True)
     return model.eval(), description
@@ -95,7 +92,7 @@ def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        _fail(file, error.strerror)
+        refuse(file, error.strerror)
 
 
 def _parse_config(file: Path, text: str | bytes) -> tuple[UNet, ModelDescription]:
@@ -103,22 +100,22 @@ def _parse_config(file: Path, text: str | bytes) -> tuple[UNet, ModelDescription
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        _fail(file, f"not JSON: {error}")
+        refuse(file, f"not JSON: {error}")
     if not isinstance(config, dict):
-        _fail(file, "must hold a JSON object")
+        refuse(file, "must hold a JSON object")
     for name, value in {"format": FORMAT, "version": VERSION}.items():  # first: another version has other fields
         if name not in config:
-            _fail(file, f"missing field {name!r}")
+            refuse(file, f"missing field {name!r}")
         if config[name] != value:
-            _fail(file, f"{name} must be {value!r}, got {reprlib.repr(config[name])}")
+            refuse(file, f"{name} must be {value!r}, got {reprlib.repr(config[name])}")
     hints = typing.get_type_hints(ModelDescription)
     _check_fields(file, "", config, {"format": str, "version": int, "model": str, "arguments": dict[str, Any], **hints})
     if config["model"] not in MODELS:
-        _fail(file, f"model must be one of {', '.join(MODELS)}, got {config['model']!r}")
+        refuse(file, f"model must be one of {', '.join(MODELS)}, got {config['model']!r}")
     if config["prediction"] not in PREDICTIONS:
-        _fail(file, f"prediction must be one of {', '.join(PREDICTIONS)}, got {config['prediction']!r}")
+        refuse(file, f"prediction must be one of {', '.join(PREDICTIONS)}, got {config['prediction']!r}")
     if config["clip"] is not None and config["clip"][0] >= config["clip"][1]:
-        _fail(file, f"clip must be an increasing pair, got {config['clip']!r}")
+        refuse(file, f"clip must be an increasing pair, got {config['clip']!r}")
     _check_schedule(file, config["schedule"])
 
     model_class = MODELS[config["model"]]
@@ -129,7 +126,7 @@ def _parse_config(file: Path, text: str | bytes) -> tuple[UNet, ModelDescription
         with torch.device("meta"):
             model = model_class(**config["arguments"])
     except ValueError as error:
-        _fail(file, f"arguments: {error}")
+        refuse(file, f"arguments: {error}")
 
     description = ModelDescription(
         schedule=config["schedule"],
@@ -139,15 +136,15 @@ def _parse_config(file: Path, text: str | bytes) -> tuple[UNet, ModelDescription
         num_classes=config["num_classes"],
     )
     if description.shape != model.sample_shape:
-        _fail(file, f"shape {description.shape} is not the model's, {model.sample_shape}")
+        refuse(file, f"shape {description.shape} is not the model's, {model.sample_shape}")
     if description.num_classes != model.num_classes:
-        _fail(file, f"num_classes {description.num_classes} is not the model's, {model.num_classes}")
+        refuse(file, f"num_classes {description.num_classes} is not the model's, {model.num_classes}")
     return model, description
 
 
 def _check_schedule(file: Path, schedule: dict[str, Any]) -> None:
     if schedule.get("name") not in list(SCHEDULES):
-        _fail(file, f"schedule.name must be one of {', '.join(SCHEDULES)}, got {schedule.get('name')!r}")
+        refuse(file, f"schedule.name must be one of {', '.join(SCHEDULES)}, got {schedule.get('name')!r}")
     hints = typing.get_type_hints(SCHEDULES[schedule["name"]])
     given = {argument: hint for argument, hint in hints.items() if argument in schedule}
     _check_fields(file, "schedule.", schedule, {"name": str, **given})
@@ -155,7 +152,7 @@ def _check_schedule(file: Path, schedule: dict[str, Any]) -> None:
         with np.errstate(divide="raise", invalid="raise"):
             make_schedule(schedule)
     except (ValueError, ArithmeticError) as error:
-        _fail(file, f"schedule: {error}")
+        refuse(file, f"schedule: {error}")
 
 
 def _parse_weights(file: Path, data: bytes, model: UNet) -> dict[str, Tensor]:
@@ -163,19 +160,19 @@ def _parse_weights(file: Path, data: bytes, model: UNet) -> dict[str, Tensor]:
     try:
         found = dict(deserialize(data))
     except SafetensorError as error:
-        _fail(file, f"not a safetensors file, or a damaged one: {error}")
+        refuse(file, f"not a safetensors file, or a damaged one: {error}")
     expected = model.state_dict()
     _check_names(file, "tensor", found, expected)
     tensors = {}
     for name, parameter in expected.items():
         entry = found[name]
         if entry["dtype"] != "F32":
-            _fail(file, f"tensor {name!r} must be F32, got {entry['dtype']}")
+            refuse(file, f"tensor {name!r} must be F32, got {entry['dtype']}")
         if list(entry["shape"]) != list(parameter.shape):
-            _fail(file, f"tensor {name!r} must have shape {list(parameter.shape)}, got {entry['shape']}")
+            refuse(file, f"tensor {name!r} must have shape {list(parameter.shape)}, got {entry['shape']}")
         tensors[name] = torch.frombuffer(entry["data"], dtype=torch.float32).reshape(parameter.shape)
         if not tensors[name].isfinite().all():
-            _fail(file, f"tensor {name!r} has NaN or infinite values")
+            refuse(file, f"tensor {name!r} has NaN or infinite values")
     return tensors
 
 
@@ -184,16 +181,16 @@ def _check_fields(file: Path, prefix: str, fields: Mapping[str, Any], hints: Map
     _check_names(file, "field", {prefix + name: None for name in fields}, {prefix + name: None for name in hints})
     for name, hint in hints.items():
         if not _matches(fields[name], hint):
-            _fail(file, f"{prefix}{name} must be {_describe(hint)}, got {reprlib.repr(fields[name])}")
+            refuse(file, f"{prefix}{name} must be {_describe(hint)}, got {reprlib.repr(fields[name])}")
 
 
 def _check_names(file: Path, kind: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for name in expected:
         if name not in found:
-            _fail(file, f"missing {kind} {name!r}")
+            refuse(file, f"missing {kind} {name!r}")
     for name in found:
         if name not in expected:
-            _fail(file, f"unknown {kind} {name!r}")
+            refuse(file, f"unknown {kind} {name!r}")
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -222,7 +219,3 @@ def _describe(hint: Any) -> str:
         return f"a list whose items are each {_describe(arguments[0])}"
     names = {dict: "an object", str: "a string", bool: "true or false", float: "a finite number", NoneType: "null"}
     return names.get(origin or hint, f"an integer from 1 to {MAX_COUNT}")
-
-
-def _fail(file: Path, problem: object) -> NoReturn:
-    raise CheckpointError(f"{file}: {' '.join(str(problem).split())}") from None

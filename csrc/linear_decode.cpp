@@ -90,7 +90,8 @@ template <class Backend>
 void linear_decode_op(const at::Tensor& x, const at::Tensor& weight, int64_t outputs, int64_t inputs,
                       std::string_view format, int64_t group, bool zeros, bool gated, const Optional& bias,
                       const Optional& residual, std::string_view activation, std::string_view norm,
-                      const Optional& norm_weight, const Optional& norm_bias, double eps, const at::Tensor& out) {
+                      const Optional& norm_weight, const Optional& norm_bias, double eps,
+                      std::optional<double> soft_cap, const at::Tensor& out) {
   // Check and describe.
   TORCH_CHECK_VALUE(x.dim() == 2, kOp, ": x must have shape (rows, inputs), got ", x.sizes());
   LinearDecodeArgs args{};
@@ -108,6 +109,10 @@ void linear_decode_op(const at::Tensor& x, const at::Tensor& weight, int64_t out
   TORCH_CHECK_VALUE(args.norm != LinearNorm::kNone || !(norm_weight.has_value() || norm_bias.has_value()), kOp,
                     ": norm_weight and norm_bias are for a norm, which is \"none\"");
   args.eps = eps;
+  TORCH_CHECK_VALUE(!soft_cap.has_value() || *soft_cap > 0.0, kOp, ": soft_cap must be positive, got ", *soft_cap);
+  TORCH_CHECK_VALUE(!soft_cap.has_value() || !(args.activated || gated), kOp,
+                    ": soft_cap is for a layer without activation and gate");
+  args.soft_cap = static_cast<float>(soft_cap.value_or(0.0));
   at::assert_no_internal_overlap(out);
   at::assert_no_overlap(out, x);
   if (residual.has_value()) at::assert_no_partial_overlap(out, *residual);
@@ -120,7 +125,7 @@ void linear_decode_op(const at::Tensor& x, const at::Tensor& weight, int64_t out
 PYGEN_OP("linear_decode", linear_decode_op,
          "(Tensor x, Tensor weight, SymInt outputs, SymInt inputs, str format, SymInt group, bool zeros, "
          "bool gated, Tensor? bias, Tensor? residual, str activation, str norm, Tensor? norm_weight, "
-         "Tensor? norm_bias, float eps, Tensor(a!) out) -> ()")
+         "Tensor? norm_bias, float eps, float? soft_cap, Tensor(a!) out) -> ()")
 
 }  // namespace
 }  // namespace pygen

@@ -185,6 +185,8 @@ INT4 = pack_linear(torch.ones(40, 64), format="int4")
         ({"out": torch.ones(2, 64)}, ValueError, r"out must have shape \(2, 40\)"),
         ({"out": torch.ones(2, 1).expand(2, 40)}, RuntimeError, "single memory location"),
         ({"activation": "relu"}, ValueError, "activation must be one of silu, gelu, gelu_tanh, none, got relu"),
+        ({"soft_cap": 0.0}, ValueError, "soft_cap must be positive, got 0"),
+        ({"soft_cap": 30.0, "activation": "silu"}, ValueError, "soft_cap is for a layer without activation and gate"),
         ({"norm": "group"}, ValueError, "norm must be one of none, rms, layer, got group"),
         ({"norm_weight": torch.ones(64)}, ValueError, "norm_weight and norm_bias are for a norm"),
         ({"norm": "rms", "norm_weight": torch.ones(40)}, ValueError, r"norm_weight must have shape \(64,\)"),

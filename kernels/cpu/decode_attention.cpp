@@ -331,7 +331,7 @@ class Attention {
       for (int64_t j = begin; j < end; j += kLanes) {
         F32 s = load_bytes<F32>(weights + j) * args_.scale;
         if (kDType == DType::kInt8) s *= load_bytes<F32>(k_scale_ + j);
-        if (args_.soft_cap != 0.0f) s = tanh(s / args_.soft_cap) * args_.soft_cap;
+        if (args_.soft_cap != 0.0f) s = soft_capped(s, args_.soft_cap);
         if (args_.alibi_slopes != nullptr) {
           s = fma(splat(slope, s), to_float(lane + static_cast<int32_t>(j - position)), s);
         }

@@ -472,6 +472,7 @@ void finish_panel(const LinearDecodeArgs& args, int64_t panel, int64_t row, int 
     for (int j = 0; j < width; j += kLanes) {
       F32 y = activated(args, load_bytes<F32>(sum + j) + load_bytes<F32>(bias + j));
       if (args.weight.gated) y *= load_bytes<F32>(sum + width + j) + load_bytes<F32>(bias + width + j);
+      if (args.soft_cap != 0.0f) y = soft_capped(y, args.soft_cap);
       if (args.residual.data != nullptr) y += load_bytes<F32>(residual + j);
       std::memcpy(sum + j, &y, sizeof y);
     }

@@ -175,7 +175,7 @@ struct Split {
         if (key < begin) continue;
         float s = weights[key] * args.scale;
         if (kDType == DType::kInt8) s *= shared.k_scale[key];
-        if (args.soft_cap != 0.0f) s = tanh(s / args.soft_cap) * args.soft_cap;
+        if (args.soft_cap != 0.0f) s = soft_capped(s, args.soft_cap);
         if (args.alibi_slopes != nullptr) s = fma(slope, to_float(static_cast<int32_t>(key - position)), s);
         if (key < shared.begin[r] || key >= shared.end[r] || shared.page[key] < 0) s = -kInfinity;
         weights[key] = s;

@@ -434,6 +434,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   float y = activated(args, projected(output, column));
   if (args.weight.gated) y *= projected(width + output, args.weight.outputs + column);
+  if (args.soft_cap != 0.0f) y = soft_capped(y, args.soft_cap);
   if (args.residual.data != nullptr) y += load_one(place(args.residual, row, column), args.residual.dtype);
   store_one(place(args.out, row, column), args.out.dtype, y);
 }

@@ -36,6 +36,7 @@ def linear_decode(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
+    soft_cap: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """activation(norm(x) W^T + bias) + residual; where the weight is gated, activation(gate) * up + residual.
@@ -55,6 +56,8 @@ def linear_decode(
         norm: "none", "rms" (Zhang & Sennrich 2019) or "layer" (Ba et al. 2016), over the inputs of each row.
         norm_weight, norm_bias: (inputs,), in x's dtype or float32; 1 and 0 where None.
         eps: added to the mean square, or the variance.
+        soft_cap: y becomes soft_cap * tanh(y / soft_cap), after the bias and before the residual (Gemma 2's logits); of
+            a layer without activation and gate.
         out: (..., outputs), in x's dtype; may be ``residual``. New where left out.
 
     Returns:
@@ -66,13 +69,13 @@ def linear_decode(
     if out is None:
         out = x.new_empty(*x.shape[:-1], weight.outputs)
     if use_reference("linear_decode", _BACKENDS, x.device):
-        arguments = (x, weight, bias, residual, activation, norm, norm_weight, norm_bias, eps)
+        arguments = (x, weight, bias, residual, activation, norm, norm_weight, norm_bias, eps, soft_cap)
         return out.copy_(linear_decode_reference(*arguments)[0])
     rows, to = x, out
     if x.dim() > 2:
         rows, to = x.flatten(0, -2), out.view(-1, out.shape[-1])
         residual = None if residual is None else residual.flatten(0, -2)
-    _kernel(rows, *weight, bias, residual, activation, norm, norm_weight, norm_bias, eps, to)
+    _kernel(rows, *weight, bias, residual, activation, norm, norm_weight, norm_bias, eps, soft_cap, to)
     return out
 
 
@@ -86,6 +89,7 @@ def linear_decode_reference(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     bias, residual, norm_weight, norm_bias = (
@@ -104,6 +108,8 @@ def linear_decode_reference(
     elif activation != "none":
         y = functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     y = y * up[0] if up else y
+    if soft_cap is not None:
+        y = soft_cap * torch.tanh(y / soft_cap)
     return ((y if residual is None else y + residual).to(x.dtype),)
 
 
@@ -130,7 +136,7 @@ def _example(name: str, x: Tensor, weight: PackedLinear, **more: Any) -> Example
     arguments: dict[str, Any] = {"x": x} | weight._asdict()
     arguments["weight"] = arguments.pop("data")
     arguments |= {"bias": None, "residual": None, "activation": "none", "norm": "none"}
-    arguments |= {"norm_weight": None, "norm_bias": None, "eps": 1e-6}
+    arguments |= {"norm_weight": None, "norm_bias": None, "eps": 1e-6, "soft_cap": None}
     out = torch.full((x.shape[0], weight.outputs), math.nan, dtype=x.dtype)
     return Example(name, arguments | {"out": out} | more)
 
@@ -180,6 +186,9 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         for norm in ("rms", "layer"):
             yield _example(f"{norm}, {name}", 3 * x(3, 200) + 1, weight, norm=norm, **parameters)
             yield _example(f"{norm} alone, {name}", x(3, 200), weight, norm=norm)
+        capped = {"bias": draw(40), "residual": x(3, 40)}
+        for cap in (0.5, 30.0):
+            yield _example(f"soft cap of {cap}, {name}", x(3, 200), weight, soft_cap=cap, **capped)
     layer = pack_linear(draw(64, 256), format="bfloat16")
     yield _example("latents", x(4, 256), layer)
     out = x(4, 64)

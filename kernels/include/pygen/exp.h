@@ -60,6 +60,12 @@ PYGEN_INLINE F tanh(F x) {
   return select(square < splat(0.390625f, x), fma(p * square, x, x), far);
 }
 
+// Close to x where it is small, and never beyond +-cap.
+template <class F>
+PYGEN_INLINE F soft_capped(F x, float cap) {
+  return tanh(x / splat(cap, x)) * splat(cap, x);
+}
+
 template <class F>
 PYGEN_INLINE F silu(F x) {
   return x / (exp(-x) + splat(1.0f, x));

@@ -1,5 +1,5 @@
 // linear_decode: y = activation(norm(x) W^T + bias) + residual for a few rows of x, with a packed W; of a gated layer
-// y = activation(gate) * up + residual.
+// y = activation(gate) * up + residual. A soft cap makes cap tanh(y / cap) of y before the residual.
 //
 // The rows are first made into what the products take, and each is computed as if it were alone:
 //   - float32 weights, and bfloat16 ones unless x is bfloat16: floats.
@@ -29,6 +29,7 @@ struct LinearDecodeArgs {
   LinearNorm norm;
   bool activated;  // whether there is an activation
   Activation activation;
+  float soft_cap;  // 0: none
   double eps;
   char* scratch;  // 64-byte aligned: rows * LinearRow(args).bytes; on a GPU, linear_decode_workspace(args)
 };

@@ -36,9 +36,8 @@ void check_rows(const EmbeddingArgs& args) {
   }
 }
 
-[[maybe_unused]] void launch(const Cpu&, const EmbeddingArgs& args) {
-  at::parallel_for(0, args.batch * args.length, (kMoveGrain + args.width - 1) / args.width,
-                   [&](int64_t begin, int64_t end) { embedding(args, begin, end); });
+[[maybe_unused]] void launch(const Cpu& cpu, const EmbeddingArgs& args) {
+  cpu.run(embedding, args, args.batch * args.length, (kMoveGrain + args.width - 1) / args.width);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, const EmbeddingArgs& args) { gpu.run(cuda::embedding, args); }
@@ -77,7 +76,7 @@ void embedding_op(const at::Tensor& tokens, const at::Tensor& weight, double sca
   at::assert_no_overlap(out, weight);
   if (position_weight.has_value()) at::assert_no_overlap(out, *position_weight);
   if (out.numel() == 0) return;
-  if (Backend::kHostCanRead) check_rows(args);
+  if (Backend::host_can_read()) check_rows(args);
 
   // Launch.
   launch(Backend(weight), args);

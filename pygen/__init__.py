@@ -3,6 +3,7 @@
 import torch as _torch  # noqa: F401  (its libraries must be loaded before the extension)
 
 from pygen._doctor import doctor
+from pygen.autoregressive.decode import Decoder
 from pygen.diffusion.plan import StepPlan, plan
 from pygen.diffusion.sample import sample
 from pygen.ops.affine_step import affine_step
@@ -33,6 +34,7 @@ from pygen.patch import accelerate
 
 __version__ = "0.1.0"
 __all__ = [
+    "Decoder",
     "PackedLinear",
     "Program",
     "StepPlan",

@@ -21,8 +21,8 @@ ROOMS = [
     "pygen.files",
     "pygen.ops",
     "pygen.diffusion",
-    "pygen.autoregressive",
     "pygen.models",
+    "pygen.autoregressive",
 ]
 
 

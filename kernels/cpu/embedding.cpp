@@ -12,8 +12,8 @@ void rows(const EmbeddingArgs& args, int64_t begin, int64_t end) {
     const int64_t sequence = row / args.length, t = row % args.length;
     const int64_t token = args.tokens[sequence * args.tokens_stride[0] + t * args.tokens_stride[1]];
     const char *const from = embedding_row(args.weight, token, kWeight), *position = nullptr;
-    char* const to = static_cast<char*>(args.out.data) +
-                     (sequence * args.out.stride[0] + t * args.out.stride[1]) * size_of(kOut);
+    char* const to =
+        static_cast<char*>(args.out.data) + (sequence * args.out.stride[0] + t * args.out.stride[1]) * size_of(kOut);
     const bool positioned = args.position_weight.data != nullptr;
     if (positioned) position = embedding_row(args.position_weight, args.positions.at(sequence, t), kWeight);
     if (from == nullptr || (positioned && position == nullptr)) {

@@ -107,9 +107,9 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         "positions given", [[1, 2], [2, 4]], table(5, 24), positions=torch.tensor([[7, 3], [0, 0]]), **learned
     )
     yield example("positions for all", [[1, 2], [2, 4]], table(5, 24), positions=torch.tensor([19, 3]), **learned)
-    tokens, out = torch.tensor([[0, 9, 1], [9, 4, 9]]).T, torch.full((2, 3, 50), math.nan, dtype=dtype)
+    columns, out = torch.tensor([[0, 9, 1], [9, 4, 9]]).T, torch.full((2, 3, 50), math.nan, dtype=dtype)
     wide = {"positions": torch.arange(6)[::3], "position_weight": table(30, 24)[::5]}
-    yield example("strided", tokens, table(10, 64)[:, 13:37], out=out.transpose(0, 1)[..., 3:27], **wide)
+    yield example("strided", columns, table(10, 64)[:, 13:37], out=out.transpose(0, 1)[..., 3:27], **wide)
     yield example("misaligned", [[3, 1]], table(1 + 5 * 40)[1:].view(5, 40))
     special = table(4, 40)
     special[0, 3], special[1, 39], special[2, 7], special[3] = math.nan, math.inf, -math.inf, -0.0

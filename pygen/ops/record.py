@@ -1,7 +1,7 @@
 """Recording: what a function of pygen's ops launches, replayed without Python.
 
-On a CPU each launch, its arguments as plain data, goes into a program that C++ replays with threads that stay warm; on a
-GPU the program is a CUDA graph.
+On a CPU each launch, its arguments as plain data, goes into a program that C++ replays with threads that stay warm; on
+a GPU the program is a CUDA graph.
 """
 
 from __future__ import annotations

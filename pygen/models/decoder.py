@@ -163,8 +163,8 @@ class DecoderModel:
             end = min(begin + QUERIES, length)
             seen = lengths if end == length else lengths - (length - end)
             decode_attention(
-                turned[:, :, begin:end], kv.k, kv.v, seen, block_table=block_table, window=layer.window, scale=config.scale,
-                soft_cap=config.attention_soft_cap, out=out[:, :, begin:end], **scales,
+                turned[:, :, begin:end], kv.k, kv.v, seen, block_table=block_table, window=layer.window,
+                scale=config.scale, soft_cap=config.attention_soft_cap, out=out[:, :, begin:end], **scales,
             )  # fmt: skip
         return out.transpose(1, 2).view(shape[0] * length, -1)
 

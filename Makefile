@@ -6,14 +6,15 @@ PYTHON ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 NATIVE := $(wildcard csrc/* kernels/cpu/* kernels/cuda/* kernels/include/pygen/*) CMakeLists.txt setup.py
-CXX_FILES := $(filter %.h %.cpp %.cu,$(NATIVE) $(wildcard bench/*.cu examples/cpp/* tests/emulation/* tests/emulation/bugs/*))
+CXX_FILES := $(filter %.h %.cpp %.cu,$(NATIVE) $(wildcard bench/*.cu examples/cpp/* tests/emulation/* tests/emulation/bugs/* tests/fuzz/*))
 
-.PHONY: help setup build demo test lint format bench gpu wheel clean
+.PHONY: help setup build demo test lint format bench gpu fuzz wheel clean
 help:
 	@echo "make demo    draw digits with every solver, and time the steps"
 	@echo "make test    lint, then all tests"
 	@echo "make bench   time steps and ops beside their floors and their peers"
 	@echo "make gpu     on a machine with an NVIDIA GPU: every spec, the sanitizers, times; needs no network with PYTHON=..."
+	@echo "make fuzz    feed damaged checkpoints to their parsers for FUZZ_SECONDS=600, with clang's libFuzzer"
 	@echo "make format  put the sources into the style that make lint checks"
 	@echo "make wheel   build a wheel into dist/"
 
@@ -63,6 +64,16 @@ bench: build
 gpu: export PYGEN_CUDA_ARCHITECTURES ?= native
 gpu: build
 	$(PY) -m bench.gpu
+
+FUZZ_CXX ?= clang++
+FUZZ_SECONDS ?= 600
+fuzz: build
+	mkdir -p build/fuzz/corpus
+	$(PY) -m tests.fuzz.seeds build/fuzz/seeds
+	$(FUZZ_CXX) -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	  tests/fuzz/checkpoint_header.cpp csrc/checkpoint_header.cpp -o build/fuzz/checkpoint_header
+	cd build/fuzz && ./checkpoint_header -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=1024 \
+	  -print_final_stats=1 corpus seeds
 
 wheel: setup
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
 
+from pygen import _C
 from pygen.diffusion.plan import PREDICTIONS
 from pygen.diffusion.schedules import SCHEDULES, make_schedule
 from pygen.files import CheckpointError as CheckpointError
@@ -158,19 +158,20 @@ def _check_schedule(file: Path, schedule: dict[str, Any]) -> None:
 def _parse_weights(file: Path, data: bytes, model: UNet) -> dict[str, Tensor]:
     """The tensors of a safetensors file, each one checked against the model's."""
     try:
-        found = dict(deserialize(data))
-    except SafetensorError as error:
+        entries, _, _ = _C.parse_safetensors(data)
+    except ValueError as error:
         refuse(file, f"not a safetensors file, or a damaged one: {error}")
+    found = {name: entry for name, *entry in entries}
     expected = model.state_dict()
     _check_names(file, "tensor", found, expected)
     tensors = {}
     for name, parameter in expected.items():
-        entry = found[name]
-        if entry["dtype"] != "F32":
-            refuse(file, f"tensor {name!r} must be F32, got {entry['dtype']}")
-        if list(entry["shape"]) != list(parameter.shape):
-            refuse(file, f"tensor {name!r} must have shape {list(parameter.shape)}, got {entry['shape']}")
-        tensors[name] = torch.frombuffer(entry["data"], dtype=torch.float32).reshape(parameter.shape)
+        dtype, shape, begin, end = found[name]
+        if dtype != "F32":
+            refuse(file, f"tensor {name!r} must be F32, got {dtype}")
+        if shape != tuple(parameter.shape):
+            refuse(file, f"tensor {name!r} must have shape {list(parameter.shape)}, got {list(shape)}")
+        tensors[name] = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.float32).reshape(shape)
         if not tensors[name].isfinite().all():
             refuse(file, f"tensor {name!r} has NaN or infinite values")
     return tensors

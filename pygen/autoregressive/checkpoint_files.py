@@ -147,8 +147,9 @@ def _parse_shards(index: Path) -> dict[str, StoredTensor]:
         refuse(index, "weight_map must be an object of tensors and the files that hold them")
     for name, shard in weight_map.items():
         # A plain name: a path would lead out of the directory. (A link may: caches of downloads are made of them.)
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            refuse(index, f"weight_map: the file of {name!r} must be a name in this directory, got {shard!r:.100}")
+        plain = isinstance(shard, str) and Path(shard).name == shard and len(shard) < 256
+        if not plain or not shard.endswith(".safetensors"):
+            refuse(index, f"weight_map: the file of {name!r:.100} must be a name in this directory, got {shard!r:.100}")
     tensors: dict[str, StoredTensor] = {}
     for shard in dict.fromkeys(weight_map.values()):
         file = index.with_name(shard)
@@ -159,15 +160,15 @@ def _parse_shards(index: Path) -> dict[str, StoredTensor]:
             tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:
-            refuse(index.with_name(shard), f"missing tensor {name!r}, which {index.name} promises")
+            refuse(index.with_name(shard), f"missing tensor {name!r:.100}, which {index.name} promises")
     return {name: tensors[name] for name in weight_map}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     with open_regular(file) as stream:
-        text = stream.read(MAX_JSON + 1)
-    if len(text) > MAX_JSON:
-        refuse(file, f"more than {MAX_JSON} bytes")
+        if os.fstat(stream.fileno()).st_size > MAX_JSON:
+            refuse(file, f"more than {MAX_JSON} bytes")
+        text = stream.read()
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)

@@ -186,17 +186,18 @@ def _decoder_fields(
     rotated = fields.count("rope.dimension_count", head_dim)
     if model_type != "phi3" and rotated != head_dim:
         refuse(fields.file, f"{fields.prefix}rope.dimension_count must be {head_dim}, got {rotated}")
-    return config | {
-        "num_key_value_heads": fields.count("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "rms_norm_eps": fields.real("attention.layer_norm_rms_epsilon"),
-        "rope_theta": fields.real("rope.freq_base", theta),
-        "rope_scaling": _rope_scaling(fields, config["max_position_embeddings"], rotated, tensors),
-        "partial_rotary_factor": rotated / head_dim,
-        "hidden_act": "silu",
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-    }
+    return (
+        config
+        | {
+            "num_key_value_heads": fields.count("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "rms_norm_eps": fields.real("attention.layer_norm_rms_epsilon"),
+            "rope_theta": fields.real("rope.freq_base", theta),
+            "rope_scaling": _rope_scaling(fields, config["max_position_embeddings"], rotated, tensors),
+            "hidden_act": "silu",
+        }
+        | ({"partial_rotary_factor": rotated / head_dim} if model_type == "phi3" else {})
+    )
 
 
 def _rope_scaling(
@@ -255,7 +256,11 @@ def _llama(fields: _Fields, tensors: Mapping[str, StoredTensor]) -> dict[str, An
             "num_local_experts": experts,
             "num_experts_per_tok": fields.count("expert_used_count"),
         }
-    return config | ({} if window is None else {"sliding_window": window})
+    if window is not None:
+        config["sliding_window"] = window
+    if config["model_type"] == "llama":
+        config |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
+    return config
 
 
 def _qwen2(fields: _Fields, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
@@ -284,7 +289,6 @@ def _gemma(
     """every: of so many layers, the last one attends to all positions. llama.cpp knows the largest model of each by
     its number of layers: its queries are scaled by another number."""
     config = _decoder_fields(fields, tensors, model_type, theta)
-    del config["mlp_bias"]
     layers, hidden, heads = (config[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     window = fields.count("attention.sliding_window", None)
     pattern = fields.take("attention.sliding_window_pattern", (int, list), "an integer or flags", every)

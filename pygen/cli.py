@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -26,8 +27,10 @@ from pygen.diffusion.schedules import SPACINGS
 from pygen.files import replacing
 from pygen.images import grid, to_pixels
 from pygen.models.checkpoint import MAX_COUNT, CheckpointError, ModelDescription, load_model
+from pygen.ops.packed_linear import FORMATS, WeightFormat
 
 DIGITS = Path(__file__).parent / "models" / "digits"
+TEXT = Path(__file__).parent / "models" / "text"
 SEED = click.IntRange(0, 2**64 - 1)
 TILE = 40  # pixels that a small sample is enlarged to fill in a grid
 
@@ -143,15 +146,73 @@ def doctor() -> None:
 @click.option("--out", type=Output(".png"), default="digits.png", show_default=True, help="Where the pictures go.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
 def demo(out: Path, seed: int) -> None:
-    """Draw digits by five solvers, time them, and write the pictures."""
+    """Draw digits by five solvers, time them, and write the pictures; then generate text, and time that."""
     _need("PIL", "pillow")
     _need("sklearn", "scikit-learn")
+    from pygen import demo_text
     from pygen.demo import run
 
     with _writing(out) as stream:
         picture, _ = run(DIGITS, seed)
         picture.save(stream, "PNG")
-    click.echo(f"pictures in {out}")
+    click.echo(f"pictures in {out}\n")
+    if not demo_text.run(TEXT):
+        raise click.ClickException("pygen's tokens are not transformers'")
+
+
+@cli.command()
+@click.option("--model", type=click.Path(path_type=Path), default=TEXT, help="A checkpoint: a directory, or a .gguf.")
+@click.option("--prompt", help="Text to go on from.")
+@click.option("--prompt-ids", type=Numbers(), metavar="IDS", help="Tokens to go on from: 1,2,3.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--weights", type=click.Choice(FORMATS), default="bfloat16", show_default=True, help="Packed as.")
+@click.option("--temperature", type=Finite(), default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=click.IntRange(0), default=0, help="0 keeps all.")
+@click.option("--top-p", type=Finite(), default=1.0, show_default=True)
+@click.option("--min-p", type=Finite(), default=0.0, show_default=True)
+@click.option("--repetition-penalty", type=Finite(), default=1.0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--stop", multiple=True, help="Text to end at; may be given several times.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text as it comes.")
+def generate(
+    model: Path,
+    prompt: str | None,
+    prompt_ids: list[int] | None,
+    max_new_tokens: int,
+    weights: WeightFormat,
+    stop: tuple[str, ...],
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Go on from a prompt, by default as a small model of Python's language reference does."""
+    if (prompt is None) == (prompt_ids is None):
+        raise click.UsageError("give --prompt or --prompt-ids")
+    try:
+        decoder = pygen.Decoder.from_pretrained(model, weights, progress=sys.stderr.isatty())
+        ids = prompt_ids or [] if prompt is None else decoder.text.encode(prompt)
+        begin = time.perf_counter()
+        request = decoder.submit(ids, max_new_tokens, stop=stop, **sampling)
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(str(error)) from None
+    words = decoder.text.stream() if decoder.has_text else None
+    held = max(map(len, stop), default=1) - 1  # characters that may turn out to begin a stop string
+    text, shown = prompt or "", 0
+    while request.ended is None:
+        for _, token in decoder.step():
+            text += f" {token}" if words is None else words.put(token)
+            if stop:
+                text = (prompt or "") + request.text
+            end = len(text) - (held if request.ended is None else 0)
+            if not as_json and end > shown:
+                click.echo(text[shown:end], nl=False)
+                shown = end
+    seconds = time.perf_counter() - begin
+    if not as_json:
+        return click.echo()
+    result = {"prompt_ids": ids, "ids": request.tokens, "ended": request.ended, "seconds": seconds}
+    if words is not None:
+        result["text"] = text.removeprefix(prompt or "")
+    click.echo(json.dumps(result | {"tokens_per_second": len(request.tokens) / seconds}))
 
 
 @cli.command()

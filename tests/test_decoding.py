@@ -79,9 +79,56 @@ def test_a_preempted_request_goes_on(directory: Path) -> None:
     preempted = False
     while decoder.busy:
         decoder.step()
-        preempted |= any(request.tokens and request.ended is None and not request._cached for request in running)
+        preempted |= any(request.tokens and request.ended is None and request._pages is None for request in running)
     assert preempted
     assert [request.tokens for request in running] == expected
+
+
+def test_a_shared_beginning_is_computed_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = pygen.Decoder.from_pretrained(directory, "bfloat16", cache_tokens=12 * PAGE)
+    beginning = [(11 * i) % 199 for i in range(3 * PAGE)]
+    requests = [([*beginning, 5 + i], 30, {"temperature": 1.0, "seed": i}) for i in range(4)]
+    expected = alone(directory, requests)
+    computed = []
+    run = type(decoder.model).hidden
+
+    def counted(model: Any, tokens: torch.Tensor, *state: Any) -> torch.Tensor:
+        computed.append(tokens.shape[1] if tokens.shape[1] > 1 else 0)  # the rest are steps
+        return run(model, tokens, *state)
+
+    monkeypatch.setattr(type(decoder.model), "hidden", counted)
+    running = [decoder.submit(prompt, count, **settings) for prompt, count, settings in requests]
+    while decoder.busy:
+        decoder.step()
+    assert [request.tokens for request in running] == expected
+    assert sum(computed) == 3 * PAGE
+    assert decoder._pool.free == decoder._pool.pages
+    assert list(decoder.stream(requests[2][0], 30, temperature=1.0, seed=2)) == expected[2]
+    assert sum(computed) == 3 * PAGE  # a page is known as long as its memory is not wanted
+    for i in range(12):  # and forgotten then
+        decoder.generate([i] * (2 * PAGE), 4)
+    assert list(decoder.stream(requests[1][0], 30, temperature=1.0, seed=1)) == expected[1]
+    assert sum(computed) > 3 * PAGE
+
+
+def test_stop_strings_end_a_request() -> None:
+    from pygen.cli import TEXT
+
+    decoder = pygen.Decoder.from_pretrained(TEXT, "float32")
+    prompt = decoder.text.encode("The for statement")
+    whole = decoder.submit(prompt, 80, stop=["\0"])
+    while decoder.busy:
+        decoder.step()
+    assert decoder.text.decode(whole.tokens) == whole.text
+    string = whole.text[20:23]
+    stopped = decoder.submit(prompt, 80, stop=["never there", string])
+    while decoder.busy:
+        decoder.step()
+    assert stopped.ended == "stop"
+    assert stopped.text == whole.text[: whole.text.find(string)]
+    assert stopped.tokens == whole.tokens[: len(stopped.tokens)]
+    with pytest.raises(ValueError, match="stop must hold strings"):
+        decoder.submit(prompt, 4, stop=[""])
 
 
 def test_a_request_that_never_fits_is_refused(directory: Path) -> None:

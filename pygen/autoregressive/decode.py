@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from pygen.autoregressive.cache import PAGE, OutOfPages, PagePool, Pages
 from pygen.autoregressive.checkpoint_files import open_checkpoint
 from pygen.autoregressive.checkpoints import build, read_plan
+from pygen.autoregressive.text import Text, TextStream
 from pygen.models.decoder import DecoderModel
 from pygen.ops.packed_linear import FORMATS, GROUPS, WeightFormat
 from pygen.ops.record import Program, record
@@ -65,8 +67,8 @@ class Sampling:
 class Request:
     """A prompt and what has been made of it.
 
-    tokens: the generated ones so far, the one that ended it included; ended: None while it runs, then "length", "stop"
-    (one of ``stop_tokens`` came) or "cancelled".
+    tokens: the generated ones so far, the one that ended it included; text: what they say, up to a stop string, of a
+    request that names such; ended: None while it runs, then "length", "stop" or "cancelled".
     """
 
     prompt: list[int]
@@ -74,10 +76,30 @@ class Request:
     sampling: Sampling
     stop_tokens: frozenset[int]
     sample: int = 0
+    stop: tuple[str, ...] = ()
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     ended: str | None = None
+    _stream: TextStream | None = None
     _pages: Pages | None = None
-    _cached: int = 0  # tokens whose keys and values are in the cache
+
+    def _take(self, token: int) -> None:
+        """The next token, which may end it."""
+        assert self._pages is not None
+        cached = self._pages.tokens + 1
+        if cached % PAGE == 0:
+            self._pages.fill(self._sequence, cached)
+        self._pages.tokens = cached
+        self.tokens.append(token)
+        if self._stream is not None:
+            self.text += self._stream.put(token)
+            found = [place for place in map(self.text.find, self.stop) if place >= 0]
+            if found:
+                self.text, self.ended = self.text[: min(found)], "stop"
+        if token in self.stop_tokens:
+            self.ended = "stop"
+        elif self.ended is None and len(self.tokens) == self.max_new_tokens:
+            self.ended = "length"
 
     @property
     def _sequence(self) -> list[int]:
@@ -165,6 +187,17 @@ class Decoder:
         stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
         return cls(model, stop_tokens=stop, tokenizer=files.tokenizer, **options)
 
+    @property
+    def has_text(self) -> bool:
+        return self._tokenizer_file is not None
+
+    @cached_property
+    def text(self) -> Text:
+        """The checkpoint's tokenizer; ValueError where it has none."""
+        if self._tokenizer_file is None:
+            raise ValueError("the checkpoint has no tokenizer.json: give tokens")
+        return Text(self._tokenizer_file)
+
     # ---- Requests ---------------------------------------------------------------------------------------------------
 
     def submit(
@@ -173,6 +206,7 @@ class Decoder:
         max_new_tokens: int,
         *,
         stop_tokens: Iterable[int] | None = None,
+        stop: str | Sequence[str] = (),
         sample: int = 0,
         **sampling: Any,
     ) -> Request:
@@ -185,6 +219,7 @@ class Decoder:
             ids: the prompt, at least one token.
             max_new_tokens: at the most.
             stop_tokens: that end it, in the place of the decoder's.
+            stop: strings that end it where its text holds one of them; needs a tokenizer.
             sample: its number among several of one prompt and seed.
             sampling: the fields of ``Sampling``.
 
@@ -210,7 +245,11 @@ class Decoder:
                 f"{self._pool.pages * PAGE}: give cache_tokens"
             )
         stops = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
-        request = Request(prompt, max_new_tokens, Sampling(**sampling), stops, sample)
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(string, str) and string for string in strings):
+            raise ValueError(f"stop must hold strings that are not empty, got {stop!r:.100}")
+        stream = self.text.stream() if strings else None
+        request = Request(prompt, max_new_tokens, Sampling(**sampling), stops, sample, strings, _stream=stream)
         self._waiting.append(request)
         return request
 
@@ -243,49 +282,48 @@ class Decoder:
                 self._step.load(row, request)
         results = list(zip(self._running, self._step.run(), strict=True))
         for request, token in results:
-            request.tokens.append(token)
-            request._cached += 1
-            if token in request.stop_tokens:
-                request.ended = "stop"
-            elif len(request.tokens) == request.max_new_tokens:
-                request.ended = "length"
-        for request, _ in results:
+            request._take(token)
             if request.ended is not None:
                 self._release(request)
                 self._leave(request)
         return results
 
     def _admit(self) -> None:
-        """Run a chunk of the first waiting prompt; its last token is left to the step."""
+        """Run a chunk of the prompts that wait, in their order; the last token of each is left to the step."""
+        budget = CHUNK
         while self._waiting and len(self._running) < self.max_batch:
             request = self._waiting[0]
             sequence = request._sequence
             if request._pages is None:
-                request._pages, request._cached = Pages(self._pool), 0
-            end = min(request._cached + CHUNK, len(sequence) - 1)
+                request._pages = Pages(self._pool)
+                request._pages.find(sequence)
+            pages = request._pages
+            end = min(pages.tokens + budget, len(sequence) - 1)
             try:
-                request._pages.reserve(request._cached, end + 1)
+                pages.reserve(end + 1)
             except OutOfPages:
                 if not self._running:  # whose pages else would come free
                     self._make_room(request)
                 return
-            if end > request._cached:
-                self._prefill(request, sequence[request._cached : end])
-            if request._cached == len(sequence) - 1:
+            ran = end - pages.tokens
+            if ran > 0:
+                self._prefill(pages, sequence, end)
+            if end == len(sequence) - 1:
                 self._waiting.popleft()
                 self._running.append(request)
                 self._step = None
-            if end % CHUNK == 0 or end < len(sequence) - 1:
+            budget -= ran
+            if budget <= 0:
                 return
 
-    def _prefill(self, request: Request, tokens: list[int]) -> None:
-        assert request._pages is not None
-        begin = request._cached
-        request._cached += len(tokens)
+    def _prefill(self, pages: Pages, sequence: list[int], end: int) -> None:
+        """Run a sequence's tokens up to ``end``."""
+        begin = pages.tokens
         table = torch.full((1, self._pages), -1, dtype=torch.int32)
-        request._pages.write(table[0])
-        lengths = torch.tensor([request._cached])
-        self.model.hidden(torch.tensor([tokens]), torch.tensor([[begin]]), lengths, table, self._pool.layers)
+        pages.write(table[0])
+        tokens, first, lengths = torch.tensor([sequence[begin:end]]), torch.tensor([[begin]]), torch.tensor([end])
+        self.model.hidden(tokens, first, lengths, table, self._pool.layers)
+        pages.fill(sequence, end)
 
     def _reserve(self) -> None:
         """Room for one more token of every running request; the youngest give up theirs where there is none."""
@@ -293,7 +331,7 @@ class Decoder:
             while request in self._running:
                 assert request._pages is not None
                 try:
-                    changed = request._pages.reserve(request._cached, request._cached + 1)
+                    changed = request._pages.reserve(request._pages.tokens + 1)
                 except OutOfPages:
                     self._make_room(request)
                     continue
@@ -314,7 +352,7 @@ class Decoder:
     def _release(self, request: Request) -> None:
         if request._pages is not None:
             request._pages.release()
-            request._pages, request._cached = None, 0
+            request._pages = None
 
     def _leave(self, request: Request) -> None:
         self._running.remove(request)
@@ -404,7 +442,7 @@ class Session:
             raise ValueError(f"tokens: the model has {model.config.positions} positions, and they are full")
         for pages, row in zip(self._pages, state.block_table, strict=True):
             try:
-                if pages.reserve(self._length, length):
+                if pages.reserve(length):
                     pages.write(row)
             except OutOfPages:
                 raise RuntimeError(f"the cache of {pool.pages * PAGE} tokens is full: give cache_tokens") from None

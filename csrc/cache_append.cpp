@@ -85,6 +85,7 @@ void cache_append_op(const at::Tensor& k, const at::Tensor& v, const at::Tensor&
   at::assert_no_internal_overlap(v_cache);
   args.q_norm = head_norm("q_norm", q_norm, args.cache, device);
   args.k_norm = head_norm("k_norm", k_norm, args.cache, device);
+  check_eps(kOp, eps);
   args.eps = static_cast<float>(eps);
   TORCH_CHECK_VALUE(rope.has_value() || !positions.has_value(), kOp, ": positions needs rope");
   if (rope.has_value()) args.rope = rope_table(kOp, "rope", *rope, k.size(3), interleaved, device);
@@ -93,6 +94,8 @@ void cache_append_op(const at::Tensor& k, const at::Tensor& v, const at::Tensor&
   if (Backend::host_can_read()) {
     check_kv_slots(kOp, args.cache, args.length);
     if (rope.has_value()) check_positions(args);
+  } else {
+    check_kv_slots_in_debug_mode(kOp, args.cache, lengths, block_table, args.length);
   }
 
   // Launch.

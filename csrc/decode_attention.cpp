@@ -63,6 +63,7 @@ void decode_attention_op(const at::Tensor& q, const at::Tensor& k_cache, const a
   TORCH_CHECK_VALUE(args.cache.kv_heads >= 1 && heads >= 1 && heads % args.cache.kv_heads == 0, kOp, ": q has ", heads,
                     " heads, not a multiple of k_cache's ", args.cache.kv_heads);
   TORCH_CHECK_VALUE(!window.has_value() || *window >= 1, kOp, ": window must be positive, got ", *window);
+  TORCH_CHECK_VALUE(!scale.has_value() || std::isfinite(*scale), kOp, ": scale must be finite, got ", *scale);
   TORCH_CHECK_VALUE(!soft_cap.has_value() || *soft_cap > 0.0, kOp, ": soft_cap must be positive, got ", *soft_cap);
   TORCH_CHECK_VALUE(out.sizes() == q.sizes(), kOp, ": out must have q's shape ", q.sizes(), ", got ", out.sizes());
   check_device(kOp, "out", out, q.device());
@@ -89,6 +90,9 @@ void decode_attention_op(const at::Tensor& q, const at::Tensor& k_cache, const a
   args.alibi_slopes = per_head("alibi_slopes", alibi_slopes, q, args.alibi_stride);
   args.sinks = per_head("sinks", sinks, q, args.sinks_stride);
   if (out.numel() == 0) return;
+  if constexpr (!std::is_same_v<Backend, Cpu>) {
+    check_kv_slots_in_debug_mode(kOp, args.cache, lengths, block_table, args.window + q_len - 1);
+  }
 
   // Choose. Keys that lie in a row touch one split more than they would fill.
   args.splits = (std::min(capacity, args.window + q_len - 1) + kSplitKeys - 2) / kSplitKeys + 1;

@@ -3,6 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdlib>
+#include <string_view>
+
 #include "operands.h"
 #include "pygen/kv_cache.h"
 
@@ -86,6 +89,23 @@ inline void check_kv_slots(const char* op, const KvCache& cache, int64_t positio
                         cache.pages, ") for position ", position, " of sequence ", b);
     }
   }
+}
+
+// The same where only the device can read them, and PYGEN_DEBUG asks for it: it waits for all that was launched before.
+inline void check_kv_slots_in_debug_mode(const char* op, KvCache cache, const at::Tensor& lengths,
+                                         const std::optional<at::Tensor>& block_table, int64_t positions) {
+  const char* const debug = std::getenv("PYGEN_DEBUG");
+  if (debug == nullptr || std::string_view(debug).empty() || std::string_view(debug) == "0") return;
+  const at::Tensor lengths_here = lengths.cpu();
+  cache.lengths = lengths_here.const_data_ptr<int64_t>();
+  cache.lengths_stride = lengths_here.stride(0);
+  at::Tensor table_here;
+  if (block_table.has_value()) {
+    table_here = block_table->cpu();
+    cache.block_table = table_here.const_data_ptr<int32_t>();
+    for (int d = 0; d < 2; ++d) cache.block_table_stride[d] = table_here.stride(d);
+  }
+  check_kv_slots(op, cache, positions);
 }
 
 }  // namespace pygen

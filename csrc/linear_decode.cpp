@@ -108,6 +108,7 @@ void linear_decode_op(const at::Tensor& x, const at::Tensor& weight, int64_t out
   args.norm_bias = vector("norm_bias", norm_bias, inputs, x);
   TORCH_CHECK_VALUE(args.norm != LinearNorm::kNone || !(norm_weight.has_value() || norm_bias.has_value()), kOp,
                     ": norm_weight and norm_bias are for a norm, which is \"none\"");
+  check_eps(kOp, eps);
   args.eps = eps;
   TORCH_CHECK_VALUE(!soft_cap.has_value() || *soft_cap > 0.0, kOp, ": soft_cap must be positive, got ", *soft_cap);
   TORCH_CHECK_VALUE(!soft_cap.has_value() || !(args.activated || gated), kOp,

@@ -7,6 +7,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "pygen/operand.h"
 
@@ -54,6 +55,11 @@ inline int64_t sample_stride(const char* op, const char* name, const at::Tensor&
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == like.size(0), op, ": ", name,
                     " must hold one number, or one per sample (", like.size(0), "), got shape ", tensor.sizes());
   return tensor.stride(0);
+}
+
+// What a norm adds to a mean square.
+inline void check_eps(const char* op, double eps) {
+  TORCH_CHECK_VALUE(eps >= 0.0 && std::isfinite(eps), op, ": eps must be finite and not negative, got ", eps);
 }
 
 inline void check_no_grad(const char* op, const char* name, const at::Tensor& tensor) {

@@ -16,6 +16,7 @@ class Rows {
  public:
   Rows(const char* op, RowNormRows& rows, const at::Tensor& x, double eps, double offset, bool centred)
       : op_(op), rows_(rows), x_(x), space_(x.sizes(), leading_dims(op, x), 0, false) {
+    check_eps(op, eps);
     rows.centred = centred;
     rows.eps = eps;
     rows.offset = static_cast<float>(offset);

@@ -80,6 +80,13 @@ void sample_token_op(const at::Tensor& logits, const std::optional<at::Tensor>& 
                       ", tokens), got ", previous->sizes());
     args.previous = plane<const int64_t>(kOp, "previous", previous, previous->sizes(), device);
     args.history = previous->size(1);
+  } else {
+    for (const auto& [name, given] : {std::pair{"previous_lengths", &previous_lengths},
+                                      {"repetition_penalty", &repetition_penalty},
+                                      {"presence_penalty", &presence_penalty},
+                                      {"frequency_penalty", &frequency_penalty}}) {
+      TORCH_CHECK_VALUE(!given->has_value(), kOp, ": ", name, " is about the tokens in previous, which is left out");
+    }
   }
   args.previous_lengths = setting<int64_t>(kOp, "previous_lengths", previous_lengths, rows, device);
   args.repetition = setting<float>(kOp, "repetition_penalty", repetition_penalty, rows, device);

@@ -187,6 +187,7 @@ BEYOND, BEFORE = torch.tensor([[[0, 1, 2], [3, 4, 5]], [[0, 1, 2], [3, 4, -1]]])
         (IndexError, "block_table names a page outside", PAGED | {"block_table": BEYOND}),
         (IndexError, "block_table names a page outside", PAGED | {"block_table": BEFORE}),
         (ValueError, "q_norm must have shape", {"q_norm": torch.zeros(32)}),
+        (ValueError, "eps must be finite and not negative, got -1", {"eps": -1.0}),
         (ValueError, "q_norm needs q", {"q": None, "q_norm": torch.zeros(64)}),
         (ValueError, "give q and out together", {"q": None, "out": torch.zeros(2, 4, 3, 64)}),
         (ValueError, "positions needs rope", {"positions": torch.arange(3)}),

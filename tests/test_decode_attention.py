@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import pygen
 from pygen.ops.decode_attention import decode_attention_reference, paged
+from tests.error_rule import assert_error_rule, in_double
 from tests.test_cuda_kernels import emulation  # noqa: F401
 
 BY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
@@ -60,11 +62,23 @@ def test_the_reference_is_torchs_attention() -> None:
 @BY_DTYPE
 @pytest.mark.parametrize("page_size", [1, 16, 100, 256])
 def test_pages_give_the_bits_of_a_contiguous_cache(dtype: torch.dtype, page_size: int, isa: str) -> None:
-    lengths = [0, 1, page_size - 1, page_size, page_size + 1, 1100]
+    lengths = [0, 1, page_size - 1, page_size, page_size + 1, 1100 if isa == "baseline" else 4097]
     for q_len in (1, 4):
         arguments = case(lengths, dtype, q_len=q_len)
         expected = pygen.decode_attention(**arguments)
         assert torch.equal(pygen.decode_attention(**arguments | paged(arguments, page_size)), expected)
+
+
+@BY_DTYPE
+@pytest.mark.parametrize("page_size", [None, 64])
+def test_a_ragged_batch_up_to_many_splits(dtype: torch.dtype, page_size: int | None) -> None:
+    """Beside the truth, as the spec's examples are, which end at three splits."""
+    arguments = case([0, 1, 63, 64, 65, 4097], dtype, heads=4, head_dim=128)
+    if page_size is not None:
+        arguments |= paged(arguments, page_size)
+    truth, _ = decode_attention_reference(**in_double(arguments))
+    same, _ = decode_attention_reference(**arguments)
+    assert_error_rule([(pygen.decode_attention(**arguments), same, truth)])
 
 
 @BY_DTYPE
@@ -147,8 +161,8 @@ def test_a_cache_beyond_4_gib(in_pages: bool) -> None:
     assert error <= 2 * (same - expected).abs().max() + torch.finfo(torch.bfloat16).eps * expected.abs().max()
 
 
-def test_pages_that_do_not_exist(emulation: Any) -> None:  # noqa: F811
-    """Raise on the CPU, where they are used; on a GPU they are not read, and their tokens unseen."""
+def test_pages_that_do_not_exist(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Raise on the CPU, where they are used, and for debugging on a GPU; else neither read nor seen."""
     arguments = case([40, 33], q_len=2)
     arguments |= paged(arguments, 16)
     arguments["block_table"][0, 1], arguments["block_table"][1, 2] = -1, 1000
@@ -164,6 +178,9 @@ def test_pages_that_do_not_exist(emulation: Any) -> None:  # noqa: F811
     emulation.decode_attention.default(*(given.get(argument.name) for argument in schema))
     expected, _ = decode_attention_reference(**arguments)
     torch.testing.assert_close(given["out"], expected)
+    monkeypatch.setenv("PYGEN_DEBUG", "1")
+    with pytest.raises(IndexError, match=r"block_table names a page outside \[0, 8\) for position 16 of sequence 0"):
+        emulation.decode_attention.default(*(given.get(argument.name) for argument in schema))
 
 
 def rows_of_pages(arguments: dict[str, Any], b: int) -> dict[str, Any]:
@@ -196,6 +213,7 @@ def test_wrong_input() -> None:
         (ValueError, "v_scale must have shape", quantised | {"v_scale": quantised["v_scale"][..., 1:]}),
         (ValueError, "k_scale is given for k_cache", good | {"k_scale": quantised["k_scale"]}),
         (ValueError, "window must be positive, got 0", good | {"window": 0}),
+        (ValueError, "scale must be finite, got nan", good | {"scale": math.nan}),
         (ValueError, "soft_cap must be positive", good | {"soft_cap": -1.0}),
         (ValueError, r"sinks must have shape \(heads,\)", good | {"sinks": torch.zeros(2)}),
         (TypeError, "alibi_slopes must be", good | {"alibi_slopes": torch.zeros(8, dtype=torch.float64)}),

@@ -231,6 +231,7 @@ def test_triton_rows_longer_than_a_tile_in_long_chunks() -> None:
         ({"residual": torch.ones(3, 8)}, ValueError, "residual must have x's shape"),
         ({"residual": X.half()}, TypeError, "residual must have x's dtype"),
         ({"residual_out": X.clone()}, ValueError, "residual_out receives .*: give both or neither"),
+        ({"eps": -1e-6}, ValueError, "eps must be finite and not negative, got -1e-06"),
         ({"out": torch.ones(6, 8)}, ValueError, "out must have x's shape"),
         ({"out": X.half()}, TypeError, "out must have x's dtype"),
         ({"out": torch.ones(1, 3, 8).expand(2, 3, 8)}, RuntimeError, "single memory location"),

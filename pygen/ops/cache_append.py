@@ -63,7 +63,8 @@ def cache_append(
             1 + weight.
         eps: of the norms.
         block_table: int32 (batch, max_pages): the pages of each sequence in order. A page that does not exist raises
-            on a CPU; a GPU's kernel writes nothing for it.
+            on a CPU, and where the environment has PYGEN_DEBUG=1, which waits for the device; else a GPU's kernel
+            writes nothing for it.
         ring: position p lies in slot p % capacity.
         k_scale, v_scale: float32, an int8 cache's shape less head_dim: value = scale * int8, scale = max |value| / 127.
         out: receives q normalised and turned; may be q itself; new where left out.

@@ -53,7 +53,8 @@ def decode_attention(
         lengths: int64 (batch,): how many tokens each sequence holds, the q_len of this call included. A query that
             sees nothing gives zeros.
         block_table: int32 (batch, max_pages): the pages of each sequence in order. A page that does not exist raises
-            on a CPU; a GPU's kernel takes what would lie in it for unseen.
+            on a CPU, and where the environment has PYGEN_DEBUG=1, which waits for the device; else a GPU's kernel takes
+            what would lie in it for unseen.
         ring: position p lies in slot p % capacity, and only the last ``capacity`` positions are there to see.
         window: a query sees no more than so many positions, its own included.
         scale: of the scores; 1 / sqrt(head_dim) where left out.

@@ -97,7 +97,7 @@ def pack_linear(
     Raises:
         ValueError, TypeError: naming the argument; of a weight to be quantised, where it is not finite.
     """
-    parts = _check(weight, up, format, group)
+    parts = _check(weight, up, format, group, symmetric)
     outputs, inputs = weight.shape
     width = PANEL // len(parts)
     panels = torch.cat([_pad(part, 0, width).unflatten(0, (-1, width)) for part in parts], dim=1)
@@ -162,7 +162,7 @@ def _pad(tensor: Tensor, dim: int, multiple: int) -> Tensor:
     return pad(tensor, (0, 0) * (tensor.dim() - 1 - dim) + (0, -tensor.shape[dim] % multiple))
 
 
-def _check(weight: Tensor, up: Tensor | None, format: str, group: int | None) -> list[Tensor]:
+def _check(weight: Tensor, up: Tensor | None, format: str, group: int | None, symmetric: bool) -> list[Tensor]:
     parts = [weight] if up is None else [weight, up]
     for name, part in zip(("weight", "up"), parts, strict=False):
         if part.dim() != 2 or part.shape[1] == 0:
@@ -178,6 +178,8 @@ def _check(weight: Tensor, up: Tensor | None, format: str, group: int | None) ->
         raise ValueError(f"pack_linear: format must be one of {', '.join(FORMATS)}, got {format!r}")
     if group is not None and format in ("float32", "bfloat16"):
         raise ValueError(f"pack_linear: group is for int8 and int4, got {group} for {format}")
+    if not symmetric and format in ("float32", "bfloat16"):
+        raise ValueError(f"pack_linear: symmetric is for int8 and int4, got {symmetric} for {format}")
     if group not in (None, 0, *GROUPS):
         raise ValueError(f"pack_linear: group must be 0 (all inputs), 32, 64 or 128, got {group}")
     return [part.detach() for part in parts]

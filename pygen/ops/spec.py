@@ -60,6 +60,8 @@ def index_tensor(value: int | Tensor, device: torch.device) -> Tensor:
     """A number that kernels read through a pointer: an int64 tensor as it is, an int (modulo 2^64) as a constant."""
     if isinstance(value, Tensor):
         return value
+    if not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"seed, step and key must be integers or tensors of torch.int64, got {value!r}")
     value &= 0xFFFFFFFFFFFFFFFF
     return constant(value - (1 << 64) if value >> 63 else value, torch.int64, device)
 

@@ -149,5 +149,10 @@ PYGEN_OP("affine_step", affine_step_op,
          "Tensor? seed, "
          "Tensor? sample_ids, Tensor(a!) out, Tensor(b!)? pred, Tensor(c!)? second) -> ()")
 
+#if !defined(PYGEN_EMULATION)
+// check_no_grad says that the op is not differentiable: autograd has nothing to add but the time it takes.
+TORCH_LIBRARY_IMPL(pygen, Autograd, library) { library.impl("affine_step", torch::CppFunction::makeFallthrough()); }
+#endif
+
 }  // namespace
 }  // namespace pygen

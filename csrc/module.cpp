@@ -1,9 +1,11 @@
-// pygen._C: what is not a tensor op. Loading the module registers the ops with torch.
+// pygen._C: what is not a tensor op, and a short way to the dispatcher for one that is. Loading the module registers
+// the ops with torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <ATen/Parallel.h>
 
+#include "affine_call.h"
 #include "checkpoint_header.h"
 #include "program.h"
 #include "pygen/affine_step.h"
@@ -70,6 +72,9 @@ PYBIND11_MODULE(_C, module) {
              "The header of a safetensors file; ValueError where it is malformed.");
   module.def("parse_gguf", &parse_header<pygen::parse_gguf>, py::arg("file"),
              "The header of a GGUF file; ValueError where it is malformed.");
+
+  const auto call = PyCFunction_New(&pygen::affine_step_method, nullptr);
+  module.attr("affine_step") = py::reinterpret_steal<py::object>(call);
 
 #if defined(PYGEN_CUDA)
   module.attr("CUDA_BUILT") = true;

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pygen
-from pygen.ops.affine_step import COLUMNS, HISTORY_COLUMN, make_table
+from pygen.ops.affine_step import COLUMNS, HISTORY_COLUMN, affine_results, make_table
 from pygen.ops.philox_normal import DRAW_AFFINE_STEP
 
 ZERO = torch.tensor(0)
@@ -95,6 +97,35 @@ def test_threads_share_the_work_to_the_bit(isa: str) -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("how", ["short", "compiled", "reference"])
+def test_results_given_as_dtypes_are_new(how: str) -> None:
+    x, out = torch.randn(2, 3, 64).mT, torch.randn(2, 64, 3)
+    table = make_table([{"pred_x": 1.5, "x0": 0.5, "out0": -0.25, "x1": 2.0}])
+    given = {name: torch.empty_like(x, dtype=torch.bfloat16) for name in ("pred", "second")}
+    call = torch.compile(affine_results, fullgraph=True, backend="eager") if how == "compiled" else affine_results
+    with pygen.backend("reference" if how == "reference" else "cpu"):
+        following = pygen.affine_step(x, out, table, ZERO, **given)
+        results = call(x, out, table, ZERO, pred=torch.bfloat16, second=torch.bfloat16)
+    for result, expected in zip(results, (following, *given.values()), strict=True):
+        assert result is not None
+        assert torch.equal(result, expected)
+        assert (result.dtype, result.stride()) == (expected.dtype, x.stride())
+    assert affine_results(x, out, table, ZERO)[1:] == (None, None)
+
+
+def test_dispatch_modes_see_the_op() -> None:
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        pygen.affine_step(torch.randn(2, 5), None, make_table([{"x0": 0.5}]), ZERO)
+    assert "pygen.affine_step.default" in seen
+
+
 def test_offsets_beyond_32_bits() -> None:
     far = torch.empty(1 << 31, dtype=torch.float32)[:: (1 << 30) + 7].view(1, -1)
     far.copy_(torch.tensor([[1.0, 2.0]]))
@@ -138,6 +169,8 @@ READS_THIRD = make_table([{"x0": 1.0, "out0": 1.0, "noise0": 1.0, "negative": 1.
         ({"scale": torch.ones(2, 3)}, ValueError, "scale must have shape"),
         ({"mask": X.long()}, TypeError, "mask must be float32, bfloat16 or float16 or bool"),
         ({"out": torch.ones(8)}, ValueError, "out must have x's shape"),
+        ({"rows": 0}, TypeError, "rows must be a tensor, got int"),
+        ({"history": [X, None]}, TypeError, "history must be a sequence of tensors, got NoneType"),
         ({"pred": torch.ones(2, 8, dtype=torch.int32)}, TypeError, "pred must be float32"),
         ({"x": X.clone().requires_grad_()}, RuntimeError, "not differentiable, and x requires grad"),
     ],

@@ -85,23 +85,59 @@ def affine_step(
     Raises:
         ValueError, TypeError, IndexError: naming the argument.
     """
-    if out is None:
-        out = torch.empty_like(x)
-    if use_reference("affine_step", _BACKENDS, x.device):
+    return affine_results(
+        x, model_output, table, rows, uncond, negative, history, noise, noise_scale, noise_scale_kind, mask, scale,
+        seed, sample_ids, out, pred, second,
+    )[0]  # fmt: skip
+
+
+def affine_results(
+    x: Tensor,
+    model_output: Tensor | None,
+    table: Tensor,
+    rows: Tensor,
+    uncond: Tensor | None = None,
+    negative: Tensor | None = None,
+    history: Sequence[Tensor] = (),
+    noise: Tensor | None = None,
+    noise_scale: Tensor | None = None,
+    noise_scale_kind: NoiseScaleKind = "factor",
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    out: Tensor | torch.dtype | None = None,
+    pred: Tensor | torch.dtype | None = None,
+    second: Tensor | torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """All of ``affine_step``'s results: next, and pred and y_1 where given, or as new tensors of the dtype given."""
+    reference = use_reference("affine_step", _BACKENDS, x.device)
+    kind = None if noise_scale is None else noise_scale_kind
+    if not (reference or torch.compiler.is_compiling()):
+        return _C.affine_step(
+            x, model_output, table, rows, uncond, negative, history, noise, noise_scale, kind, mask, scale, seed,
+            sample_ids, out, pred, second,
+        )  # fmt: skip
+
+    def place(result: Any) -> Any:
+        return torch.empty_like(x, dtype=result) if isinstance(result, torch.dtype) else result
+
+    places = place(x.dtype if out is None else out), place(pred), place(second)
+    if reference:
         results = affine_step_reference(
             x, model_output, table, rows, uncond=uncond, negative=negative, history=history, noise=noise,
             noise_scale=noise_scale, noise_scale_kind=noise_scale_kind, mask=mask, scale=scale, seed=seed,
             sample_ids=sample_ids,
         )  # fmt: skip
-        for tensor, result in zip((out, pred, second), results, strict=True):
+        for tensor, result in zip(places, results, strict=True):
             if tensor is not None:
                 tensor.copy_(result)
-        return out
-    _kernel(
-        x, model_output, table, rows, uncond, negative, history, noise, noise_scale,
-        None if noise_scale is None else noise_scale_kind, mask, scale, seed, sample_ids, out, pred, second,
-    )  # fmt: skip
-    return out
+    else:  # the compiler's eyes do not reach into C
+        _kernel(
+            x, model_output, table, rows, uncond, negative, history, noise, noise_scale, kind, mask, scale, seed,
+            sample_ids, *places,
+        )  # fmt: skip
+    return places
 
 
 def affine_step_reference(

@@ -14,6 +14,7 @@ import torch
 from pygen import _C
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
+_CPU = torch.device("cpu")
 _forced: str | None = None
 
 
@@ -36,7 +37,7 @@ def backend(name: str) -> Iterator[None]:
 
 def use_reference(op: str, backends: tuple[str, ...], device: torch.device) -> bool:
     """Whether the reference was asked for; raises where the backend asked for cannot run this op here."""
-    here = device.type  # asked once: it costs as much as the rest
+    here = "cpu" if device == _CPU else device.type  # which torch makes anew each time: it costs as much as the rest
     name = here if _forced is None else _forced
     if name == "cuda" and _forced is None and "cuda" not in backends and "triton" in backends:
         name = "triton"

@@ -11,19 +11,26 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pygen.diffusion.rows import Factors, conversion, written_out
-from pygen.ops.affine_step import COLUMNS, affine_step, history_terms, make_table
+from pygen.ops.affine_step import COLUMNS, affine_results, history_terms, make_table
 from pygen.ops.dynamic_threshold import dynamic_threshold
 
 Key = tuple[Hashable, ...]
 Columns = dict[str, float]
 Level = tuple[float, float]  # alpha, sigma
+
+
+class Rows(NamedTuple):
+    """Rows of a table: float64 (rows, columns), and int64 indices."""
+
+    table: Tensor
+    indices: Tensor
 
 
 def promoted(first: torch.dtype, second: torch.dtype) -> torch.dtype:
@@ -36,7 +43,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def tensor_table(columns: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+def tensor_table(columns: dict[str, Any], device: torch.device) -> Rows:
     """A table of columns whose values only the device may know: numbers, or tensors that broadcast to one shape.
 
     Returns:
@@ -54,7 +61,7 @@ def tensor_table(columns: dict[str, Any], device: torch.device) -> tuple[Tensor,
     table = upload(make_table([{}]), device).expand(rows.numel(), -1).clone()
     for name, value in zip(columns, values, strict=True):
         table[:, COLUMNS[name]] = value.reshape(-1)
-    return table, rows
+    return Rows(table, rows)
 
 
 def refuse_index(timestep: float | Tensor) -> None:
@@ -63,19 +70,16 @@ def refuse_index(timestep: float | Tensor) -> None:
         raise ValueError(f"timestep must be one of scheduler.timesteps, not the index of a step, got {timestep!r}")
 
 
-def made(output: type[OrderedDict[str, Any]], **results: Any) -> Any:
-    """One of diffusers' outputs, with the items and attributes that its constructor gives it, slowly."""
+def returned(output: type[OrderedDict[str, Any]], return_dict: bool, **results: Any) -> Any:
+    """What a step gives back: one of diffusers' outputs, as its constructor makes it, slowly; or a tuple."""
+    if not return_dict:
+        return tuple(results.values())
     one: Any = OrderedDict.__new__(output)
     for name, value in results.items():
         if value is not None:
             OrderedDict.__setitem__(one, name, value)
-    one.__dict__.update(results)
+    one.__dict__ = results
     return one
-
-
-def returned(output: type[OrderedDict[str, Any]], return_dict: bool, **results: Any) -> Any:
-    """What a step gives back."""
-    return made(output, **results) if return_dict else tuple(results.values())
 
 
 def variance_preserving(squared: float) -> Level:
@@ -112,7 +116,7 @@ class FusedScheduler:
     config: Any
     num_inference_steps: int | None
     _host_values: dict[str, list[float]]
-    _tables: dict[tuple[Key, torch.device], tuple[Tensor, Tensor]]
+    _tables: dict[tuple[Key, torch.device], Rows]
     _step_index: int | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +193,7 @@ class FusedScheduler:
             return None
         return row if all(math.isfinite(row[name]) for name in row.keys() - {"low", "high"}) else None
 
-    def _find(self, key: Key, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _find(self, key: Key, device: torch.device) -> Rows:
         """A table with a key's row, and the index of the row, on a device."""
         found = self._tables.get((key, device))
         if found is None:
@@ -206,46 +210,37 @@ class FusedScheduler:
             for terms, alike in by_terms.items():
                 table = upload(make_table(list(alike.values()), terms), device)
                 for one, index in zip(alike, torch.arange(len(alike), device=device).unbind(), strict=True):
-                    self._tables[one, device] = table, index
+                    self._tables[one, device] = Rows(table, index)
             found = self._tables[key, device]
         return found
 
-    def _fused(self, key: Key, x: Tensor, model_output: Tensor | None = None, **how: Any) -> tuple[Tensor, Any, Any]:
-        """Execute the row of a key; see ``_execute``."""
-        return self._execute(*self._find(key, x.device), x, model_output, **how)
-
-    def _execute(
+    def _fused(
         self,
-        table: Tensor,
-        rows: Tensor,
+        row: Key | Rows,
         x: Tensor,
         model_output: Tensor | None = None,
         *,
         dtype: torch.dtype | None = None,
-        pred: torch.dtype | None = None,
-        second: torch.dtype | None = None,
         noise: dict[str, Tensor] | None = None,
         threshold: bool = False,
-        **operands: Any,
+        **how: Any,
     ) -> tuple[Tensor, Any, Any]:
-        """Execute rows of a table; ``operands`` are affine_step's.
+        """Execute the row of a key, or rows of a table; ``how`` are affine_step's operands, and the dtypes of ``pred``
+        and ``second``.
 
         Returns:
             the next sample, and the prediction and the second result where a dtype is given for them; new tensors,
             which the caller may keep.
         """
-        out = torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
-        pred_out = None if pred is None else torch.empty_like(x, dtype=pred)
-        second_out = None if second is None else torch.empty_like(x, dtype=second)
+        table, rows = row if isinstance(row, Rows) else self._find(row, x.device)
         if threshold:
-            operands["scale"] = dynamic_threshold(
+            how["scale"] = dynamic_threshold(
                 x, model_output, table, rows,
                 ratio=self.config.dynamic_thresholding_ratio, max_value=self.config.sample_max_value,
             )  # fmt: skip
         if noise is not None:
-            operands |= noise
-        affine_step(x, model_output, table, rows, out=out, pred=pred_out, second=second_out, **operands)
-        return out, pred_out, second_out
+            how |= noise
+        return affine_results(x, model_output, table, rows, out=dtype, **how)
 
     def _noised(self, x: Tensor, noise: Tensor, levels: Sequence[Level]) -> Tensor:
         """alpha x + sigma noise, each sample at its own of ``levels`` (alpha, sigma), or all at the one given."""
@@ -259,7 +254,7 @@ class FusedScheduler:
         table, rows = tensor_table({"x0": alpha, "noise0": sigma}, x.device)
         if rows.numel() > 1:
             rows = rows.expand(x.shape[: rows.dim()])
-        return self._execute(table, rows, x, noise={"noise": noise}, dtype=torch.result_type(x, noise))[0]
+        return self._fused(Rows(table, rows), x, noise={"noise": noise}, dtype=torch.result_type(x, noise))[0]
 
 
 class OfTimestep(FusedScheduler):

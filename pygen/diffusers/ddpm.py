@@ -23,7 +23,7 @@ from diffusers.schedulers.scheduling_unclip import UnCLIPSchedulerOutput
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, Level, OfTimestep, made, returned, upload
+from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, Level, OfTimestep, Rows, returned, upload
 from pygen.diffusers.noise import Generators, draw_noise
 from pygen.diffusion.rows import columns, conversion
 from pygen.diffusion.solvers import Combination, Grid, SolverStep, ddim, euler
@@ -220,9 +220,11 @@ class _Parallel(OfTimestep):
         key = ("every training timestep",), sample.device
         if key not in self._tables:
             table = make_table([self._batch_row(t) for t in range(self.config.num_train_timesteps)])
-            self._tables[key] = upload(table, sample.device), timesteps
+            self._tables[key] = Rows(upload(table, sample.device), timesteps)
         table, _ = self._tables[key]
-        return self._execute(table, timesteps, sample, model_output, dtype=torch.float32, threshold=self._thresholds)[0]
+        return self._fused(
+            Rows(table, timesteps), sample, model_output, dtype=torch.float32, threshold=self._thresholds
+        )[0]
 
 
 class DDPMParallelScheduler(_Parallel, _DDPM, diffusers.DDPMParallelScheduler):
@@ -366,7 +368,9 @@ class CogVideoXDPMScheduler(_DDIM, diffusers.CogVideoXDPMScheduler):
         )  # fmt: skip
         if not return_dict or first_order:
             return prev_sample, pred_original_sample
-        return made(CogVideoXDPMSchedulerOutput, prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return returned(
+            CogVideoXDPMSchedulerOutput, True, prev_sample=prev_sample, pred_original_sample=pred_original_sample
+        )
 
 
 class RePaintScheduler(_DDIM, diffusers.RePaintScheduler):
@@ -464,7 +468,8 @@ class DDPMWuerstchenScheduler(FusedScheduler, diffusers.DDPMWuerstchenScheduler)
     ) -> DDPMWuerstchenSchedulerOutput | tuple[Tensor]:
         first = self._time(timestep[0])
         schedule = self._host("timesteps")
-        before = schedule[min(range(len(schedule)), key=lambda i: abs(schedule[i] - first)) + 1]
+        distances = [abs(time - first) for time in schedule]
+        before = schedule[distances.index(min(distances)) + 1]
         noise = draw_noise(sample.shape, generator, model_output.device, model_output.dtype)
         times = [first] if timestep.stride(0) == 0 or len(timestep) == 1 else timestep.tolist()
         if len(set(times)) == 1:
@@ -472,7 +477,7 @@ class DDPMWuerstchenScheduler(FusedScheduler, diffusers.DDPMWuerstchenScheduler)
         else:
             table = upload(make_table([self._row(time, before) for time in times]), sample.device)
             rows = torch.arange(len(times), device=sample.device)
-        prev_sample = self._execute(table, rows, sample, model_output, noise=noise, dtype=model_output.dtype)[0]
+        prev_sample = self._fused(Rows(table, rows), sample, model_output, noise=noise, dtype=model_output.dtype)[0]
         return returned(DDPMWuerstchenSchedulerOutput, return_dict, prev_sample=prev_sample)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from pygen.diffusers.base import (
     Key,
     Level,
     OnSigmas,
+    Rows,
     refuse_index,
     returned,
     tensor_table,
@@ -65,7 +66,7 @@ class FlowMatchEulerDiscreteScheduler(_FlowMatch, diffusers.FlowMatchEulerDiscre
             return {"step": index, **_renoised(sigma, following)}
         return {"x0": 1.0, "out0": following - sigma}
 
-    def _token_rows(self, index: int, timesteps: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    def _token_rows(self, index: int, timesteps: Tensor, sample: Tensor) -> Rows:
         """A row for each token, from its own sigma to the next lower one of the schedule; the host knows of neither."""
         if sample.dim() < 2 or timesteps.dim() != 2:
             raise ValueError(
@@ -103,7 +104,7 @@ class FlowMatchEulerDiscreteScheduler(_FlowMatch, diffusers.FlowMatchEulerDiscre
             rows, dtype = self._find((index,), sample.device), model_output.dtype
         else:
             rows, dtype = self._token_rows(index, per_token_timesteps, sample), torch.float32
-        prev_sample = self._execute(*rows, sample, model_output, dtype=dtype, noise=noise)[0]
+        prev_sample = self._fused(rows, sample, model_output, dtype=dtype, noise=noise)[0]
         self._step_index = index + 1
         return returned(FlowMatchEulerDiscreteSchedulerOutput, return_dict, prev_sample=prev_sample)
 
@@ -277,7 +278,7 @@ class FlowMapEulerDiscreteScheduler(_Flow, diffusers.FlowMapEulerDiscreteSchedul
             rows = tensor_table({"x0": 1.0, "out0": following - sigma}, sample.device)
         else:
             rows = self._find((sigma, following), sample.device)
-        prev_sample = self._execute(*rows, sample, model_output, dtype=model_output.dtype)[0]
+        prev_sample = self._fused(rows, sample, model_output, dtype=model_output.dtype)[0]
         self._step_index += 1
         return returned(FlowMapEulerDiscreteSchedulerOutput, return_dict, prev_sample=prev_sample)
 
@@ -354,7 +355,7 @@ class MiniMaxH3Scheduler(_Flow, diffusers.MiniMaxH3Scheduler):
             rows = tensor_table(self._row(index, timestep.double()), sample.device)
         else:
             rows = self._find((index, self._time(timestep)), sample.device)
-        prev_sample = self._execute(*rows, sample, model_output)[0]
+        prev_sample = self._fused(rows, sample, model_output)[0]
         self._step_index = index + 1
         return returned(MiniMaxH3SchedulerOutput, return_dict, prev_sample=prev_sample)
 

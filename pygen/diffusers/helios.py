@@ -149,7 +149,7 @@ class HeliosScheduler(OnSigmas, diffusers.HeliosScheduler):
             raise ValueError("sample must be given")
         of_x, of_out = self._converted(self._host("sigmas")[self._present] if sigma is None else float(sigma))
         rows = tensor_table({"x0": of_x, "out0": of_out}, sample.device)
-        return self._execute(*rows, sample, model_output, dtype=promoted(sample.dtype, model_output.dtype))[0]
+        return self._fused(rows, sample, model_output, dtype=promoted(sample.dtype, model_output.dtype))[0]
 
     @property
     def _present(self) -> int:
@@ -174,7 +174,7 @@ class HeliosScheduler(OnSigmas, diffusers.HeliosScheduler):
             rows = self._find(("euler", index), sample.device)
         else:
             rows = tensor_table({"x0": 1.0, "out0": sigma_next - sigma}, sample.device)
-        prev_sample = self._execute(*rows, sample, model_output, dtype=model_output.dtype)[0]
+        prev_sample = self._fused(rows, sample, model_output, dtype=model_output.dtype)[0]
         self._step_index = index + 1
         return returned(HeliosSchedulerOutput, return_dict, prev_sample=prev_sample)
 
@@ -316,7 +316,8 @@ class HeliosDMDScheduler(OnSigmas, DiffusersHeliosDMDScheduler):
 def _nearest(time: float, times: list[float], sigmas: list[float]) -> float:
     """The sigma at the timestep that is nearest to a time, of which diffusers drops the fraction."""
     whole = int(time)
-    return sigmas[min(range(len(times)), key=lambda i: abs(times[i] - whole))]
+    distances = [abs(other - whole) for other in times]
+    return sigmas[distances.index(min(distances))]
 
 
 def _nearest_of_each(time: Tensor, times: Tensor, sigmas: Tensor) -> Tensor:

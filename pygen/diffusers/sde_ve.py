@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, made, promoted, returned
+from pygen.diffusers.base import Columns, FusedScheduler, HostTensor, Key, Rows, promoted, returned
 from pygen.diffusers.karras import VarianceExploding, at, preconditioning
 from pygen.diffusers.noise import Generators, draw_noise
 from pygen.diffusion.solvers.consistency import renoise
@@ -102,8 +102,12 @@ class KarrasVeScheduler(FusedScheduler, DiffusersKarrasVeScheduler):
         )  # fmt: skip
         if not return_dict:
             return prev_sample, derivative
-        return made(
-            KarrasVeOutput, prev_sample=prev_sample, derivative=derivative, pred_original_sample=pred_original_sample
+        return returned(
+            KarrasVeOutput,
+            True,
+            prev_sample=prev_sample,
+            derivative=derivative,
+            pred_original_sample=pred_original_sample,
         )
 
     def step_correct(
@@ -125,8 +129,12 @@ class KarrasVeScheduler(FusedScheduler, DiffusersKarrasVeScheduler):
         )  # fmt: skip
         if not return_dict:
             return prev_sample, derivative
-        return made(
-            KarrasVeOutput, prev_sample=prev_sample, derivative=derivative, pred_original_sample=pred_original_sample
+        return returned(
+            KarrasVeOutput,
+            True,
+            prev_sample=prev_sample,
+            derivative=derivative,
+            pred_original_sample=pred_original_sample,
         )
 
 
@@ -193,8 +201,8 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler):
         scale[:, COLUMNS["out0"]] = length
         scale[:, COLUMNS["noise0"]] = (2.0 * length).sqrt()
         dtype = promoted(promoted(sample.dtype, model_output.dtype), torch.float32)
-        prev_sample = self._execute(
-            table, rows, sample, model_output, noise={"noise": noise}, scale=scale, dtype=dtype
+        prev_sample = self._fused(
+            Rows(table, rows), sample, model_output, noise={"noise": noise}, scale=scale, dtype=dtype
         )[0]
         return returned(SchedulerOutput, return_dict, prev_sample=prev_sample)
 

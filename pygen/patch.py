@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Report:
         return "\n".join(lines)
 
 
-Rule = Callable[[Any], Iterator[Replacement | Left]]
+Rule = Callable[..., Iterator[Replacement | Left]]  # of the object, and of options
 
 
 def _schedulers(target: Any) -> Iterator[Replacement | Left]:
@@ -67,32 +68,49 @@ def _rules(target: Any) -> Iterator[Rule]:
     diffusers = sys.modules.get("diffusers")
     if diffusers is not None and isinstance(target, diffusers.DiffusionPipeline):
         yield _schedulers
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is not None and isinstance(target, transformers.PreTrainedModel):
+        from pygen.transformers import generation
+
+        yield generation
 
 
-def accelerate(target: Any) -> Report:
-    """Put pygen's parts in the place of a pipeline's, in place.
+def accelerate(target: Any, **options: Any) -> Report:
+    """Put pygen's parts in the place of a pipeline's or a model's, in place.
 
     Args:
         target: a diffusers pipeline. Its scheduler is replaced by the drop-in of the same name and configuration, and
             still saves as diffusers' own.
+            Or a transformers causal language model on the CPU. Its ``generate`` runs on a ``pygen.Decoder`` of its
+            parameters, which are held a second time, packed, and packed again when they have changed; in float32 it
+            gives the same greedy tokens. Hooks on its modules are not called by it. What it does not do (beams, say)
+            runs as before, with a warning that names it.
+        options: of a language model: ``weights`` ("float32", "bfloat16", "int8" or "int4"; the parameters' own dtype
+            where left out), ``group`` and ``cache_tokens`` of ``pygen.Decoder``.
 
     Returns:
         What was replaced and what was left; ``.undo()`` takes it back. Accelerating twice replaces nothing more.
 
     Raises:
-        TypeError: for an object that there is no rule for.
+        TypeError: for an object that there is no rule for, or an option that its rule does not have.
+        ValueError: naming the option.
     """
     rules = list(_rules(target))
     if not rules:
-        raise TypeError(f"target must be a diffusers pipeline, got {type(target).__name__}")
+        raise TypeError(f"target must be a diffusers pipeline or a transformers model, got {type(target).__name__}")
+    for rule in rules:
+        for name in options.keys() - inspect.signature(rule).parameters.keys():
+            raise TypeError(f"{name} is not an option of accelerate for {type(target).__name__}")
     report = Report()
     for rule in rules:
-        for found in rule(target):
+        for found in rule(target, **options):
             if isinstance(found, Left):
                 report.left.append(f"{found.name}: {found.reason}")
                 continue
             old = getattr(found.owner, found.name)
+            inherited = hasattr(type(found.owner), found.name) and found.name not in vars(found.owner)
             setattr(found.owner, found.name, found.new)
-            report._undo.append(functools.partial(setattr, found.owner, found.name, old))
+            at = (found.owner, found.name)
+            report._undo.append(functools.partial(delattr, *at) if inherited else functools.partial(setattr, *at, old))
             report.replaced.append(f"{found.name}: {type(old).__name__}")
     return report

@@ -144,5 +144,7 @@ def test_what_is_left_is_said():
     report = pygen.accelerate(dit(Own()))
     assert report.replaced == []
     assert report.left == [f"scheduler: {__name__}.Own has no drop-in"]
-    with pytest.raises(TypeError, match="target must be a diffusers pipeline, got Linear"):
+    with pytest.raises(TypeError, match="target must be a diffusers pipeline or a transformers model, got Linear"):
         pygen.accelerate(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="weights is not an option of accelerate for DiTPipeline"):
+        pygen.accelerate(dit(Own()), weights="int8")

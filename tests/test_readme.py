@@ -10,6 +10,7 @@ import diffusers
 import torch
 
 import pygen.diffusers  # noqa: F401  (as whoever swaps schedulers does)
+from tests.decoder_families import made
 from tests.test_pipelines import embeddings, stable_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_examples_run(monkeypatch: Any) -> None:
     monkeypatch.chdir(ROOT)
-    first, loop, images, server, pipeline, decoder = re.findall(
+    first, loop, images, server, pipeline, decoder, language = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
     names: dict[str, Any] = {}
@@ -44,3 +45,8 @@ def test_examples_run(monkeypatch: Any) -> None:
     exec(decoder, names)
     assert names["lengths"].tolist() == [16] * 4
     assert names["logits"].isfinite().all()
+    ids = torch.tensor([[84, 104, 101]])
+    names |= {"model": made("llama-3"), "tokenizer": lambda text, return_tensors: {"input_ids": ids}}
+    exec(language, names)
+    assert names["report"].replaced == ["generate: method"]
+    assert names["ids"].shape == (1, 35)

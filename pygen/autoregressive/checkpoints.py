@@ -17,7 +17,7 @@ from torch import Tensor
 from pygen.files import refuse
 from pygen.models.decoder import DecoderConfig, DecoderModel, Layer, Linear, Norm
 from pygen.ops.linear_decode import Activation
-from pygen.ops.packed_linear import WeightFormat, pack_linear
+from pygen.ops.packed_linear import FORMATS, GROUPS, WeightFormat, pack_linear
 from pygen.ops.rope import rope_frequencies, rope_table
 
 # What says how a model was trained, is to be sampled or printed, and nothing of what it computes.
@@ -376,6 +376,14 @@ def read_plan(path: Any, config: dict[str, Any], positions: int | None = None) -
     if config_.heads % config_.kv_heads != 0 or config_.heads * config_.head_dim > _MOST:
         fields.refuse(f"{config_.heads} heads do not share {config_.kv_heads} of keys and values")
     return plan
+
+
+def check_packing(weights: WeightFormat, group: int | None) -> None:
+    """ValueError names the argument that ``build`` does not take."""
+    if weights not in FORMATS:
+        raise ValueError(f"weights must be one of {', '.join(FORMATS)}, got {weights!r}")
+    if group is not None and (weights not in ("int8", "int4") or group not in (0, *GROUPS)):
+        raise ValueError(f"group must be 0, 32, 64 or 128, of int8 or int4, got {group!r} for {weights}")
 
 
 def build(

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pygen.autoregressive.cache import PAGE, OutOfPages, PagePool, Pages
 from pygen.autoregressive.checkpoint_files import open_checkpoint
-from pygen.autoregressive.checkpoints import build, read_plan
+from pygen.autoregressive.checkpoints import build, check_packing, read_plan
 from pygen.autoregressive.text import Text, TextStream
 from pygen.models.decoder import DecoderModel
-from pygen.ops.packed_linear import FORMATS, GROUPS, WeightFormat
+from pygen.ops.packed_linear import WeightFormat
 from pygen.ops.record import Program, record
 from pygen.ops.sample_token import sample_token
 
@@ -165,10 +165,7 @@ class Decoder:
             CheckpointError: in one line, naming the file and the field or tensor.
             ValueError: naming the argument.
         """
-        if weights not in FORMATS:
-            raise ValueError(f"weights must be one of {', '.join(FORMATS)}, got {weights!r}")
-        if group is not None and (weights not in ("int8", "int4") or group not in (0, *GROUPS)):
-            raise ValueError(f"group must be 0, 32, 64 or 128, of int8 or int4, got {group!r} for {weights}")
+        check_packing(weights, group)
         files = open_checkpoint(directory)
         plan = read_plan(files.path, files.config, max_length)
         if progress:

@@ -272,9 +272,10 @@ class Decoder:
         if not self._running:
             return []
         if self._step is None:
-            self._step = self._steps.setdefault(
-                len(self._running), _Step(self.model, self._pool, len(self._running), self._pages)
-            )
+            rows = len(self._running)
+            if rows not in self._steps:
+                self._steps[rows] = _Step(self.model, self._pool, rows, self._pages)
+            self._step = self._steps[rows]
             for row, request in enumerate(self._running):
                 self._step.load(row, request)
         results = list(zip(self._running, self._step.run(), strict=True))

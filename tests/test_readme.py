@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_examples_run(monkeypatch: Any) -> None:
     monkeypatch.chdir(ROOT)
-    first, loop, images, server, pipeline, decoder, language = re.findall(
+    first, loop, images, server, pipeline, model, decoder, language = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
     names: dict[str, Any] = {}
@@ -42,6 +42,10 @@ def test_examples_run(monkeypatch: Any) -> None:
     exec(pipeline, names)
     assert names["report"].replaced == ["scheduler: DDIMScheduler"]
     assert names["image"].size == (32, 32)
+    exec(model, names)
+    assert len(names["two"].tokens) == 20
+    assert names["one"].ended in ("length", "stop")
+    assert names["logits"].shape == (1, 257)
     exec(decoder, names)
     assert names["lengths"].tolist() == [16] * 4
     assert names["logits"].isfinite().all()

@@ -4,7 +4,7 @@
 
 It writes a checkpoint that transformers reads. Every twentieth topic of ``pydoc_data.topics`` is held out; that text is
 kept beside the weights, and training.json tells its bits per byte in every format of the weights. It takes about
-twenty-five minutes of one core with AMX, and goes on where it was stopped. The same seed, machine and thread count give the
+half an hour of one core with AMX, and goes on where it was stopped. The same seed, machine and thread count give the
 same files.
 """
 

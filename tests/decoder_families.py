@@ -45,8 +45,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen3-moe": (
         "Qwen3MoeConfig",
-        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 72, "mlp_only_layers": [1], "head_dim": 24,
-         "norm_topk_prob": True},
+        {
+            "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 72, "mlp_only_layers": [1],
+            "head_dim": 24, "norm_topk_prob": True,
+        },
     ),
     "gpt-neox": ("GPTNeoXConfig", {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"}),
 }  # fmt: skip

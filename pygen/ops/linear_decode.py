@@ -206,9 +206,9 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         for norm in ("rms", "layer"):
             yield _example(f"{norm}, {name}", 3 * x(3, 200) + 1, weight, norm=norm, **parameters)
             yield _example(f"{norm} alone, {name}", x(3, 200), weight, norm=norm)
-        capped = {"bias": draw(40), "residual": x(3, 40)}
+        capped = {"bias": draw(40), "residual": x(24, 40)}
         for cap in (0.5, 30.0):
-            yield _example(f"soft cap of {cap}, {name}", x(3, 200), weight, soft_cap=cap, **capped)
+            yield _example(f"soft cap of {cap}, {name}", x(24, 200), weight, soft_cap=cap, **capped)
     for gated in (False, True):
         for name, weight in _weights(draw, 45, 136, gated, experts=5):
             name = f"experts{', gated' if gated else ''}, {name}"

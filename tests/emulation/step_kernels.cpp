@@ -234,7 +234,7 @@ int main() {
   for (const int64_t rows : {1, 3, 9}) {
     for (const WeightFormat format : {WeightFormat::kFloat32, WeightFormat::kBFloat16}) {
       linear(rows, format, 0, false, rows == 3), ++cases;
-      linear(rows, format, 0, false, rows == 3, 2), ++cases;
+      linear(rows, format, 0, false, rows == 1, 2), ++cases;
     }
     for (const int64_t group : {32, 64, 128, 200}) {
       linear(rows, WeightFormat::kInt8, group, rows == 1, rows == 3), ++cases;

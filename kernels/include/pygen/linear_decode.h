@@ -20,11 +20,8 @@ namespace pygen {
 enum class LinearNorm : int32_t { kNone, kRms, kLayer };
 
 struct LinearDecodeArgs {
-  PackedLinear weight;  // or a stack of expert_count of them, one behind the other
-  int64_t rows;         // of out; row r is made of row r / choices of x
-  int64_t choices;      // 1 without experts
-  int64_t expert_count;
-  const int64_t* experts;          // of each row of out; null where there is one layer
+  PackedLinear weight;
+  int64_t rows;
   Operand x;                       // strides of rows, inputs
   Operand residual, out;           // strides of rows, outputs; of x's dtype
   Operand bias;                    // stride of outputs: those of a gate, then those of its up projection
@@ -34,7 +31,7 @@ struct LinearDecodeArgs {
   Activation activation;
   float soft_cap;  // 0: none
   double eps;
-  char* scratch;  // 64-byte aligned: linear_decode_scratch(args); on a GPU, linear_decode_workspace(args)
+  char* scratch;  // 64-byte aligned: rows * LinearRow(args).bytes; on a GPU, linear_decode_workspace(args)
 };
 
 // A chunk of a row against codes: x = scale * (2^15 upper + lower), or scale * upper.
@@ -66,32 +63,9 @@ struct LinearRow {
   }
 };
 
-// The rows of out by their expert, so that those of one share the reading of its weight: in the scratch memory, behind
-// the rows of x. An expert that there is not has the number expert_count, and weights of 0.
-struct ExpertRows {
-  int64_t *used, *experts;  // how many experts have rows, and which
-  int64_t* first;           // expert e has rows[first[e]] to rows[first[e + 1] - 1]
-  int64_t* rows;
-
-  explicit ExpertRows(const LinearDecodeArgs& args)
-      : used(reinterpret_cast<int64_t*>(args.scratch + args.rows / args.choices * LinearRow(args).bytes)),
-        experts(used + 1),
-        first(experts + args.expert_count + 1),
-        rows(first + args.expert_count + 3) {}
-  static constexpr int64_t bytes(const LinearDecodeArgs& args) {
-    return int64_t{sizeof(int64_t)} * (2 * args.expert_count + 5 + args.rows);
-  }
-};
-
-constexpr int64_t linear_decode_scratch(const LinearDecodeArgs& args) {
-  return args.rows / args.choices * LinearRow(args).bytes + (args.experts == nullptr ? 0 : ExpertRows::bytes(args));
-}
-
-// Over rows of x: what the products take of them, into the scratch memory.
+// Over rows: what the products take of them, into the scratch memory.
 PYGEN_CPU_KERNEL(linear_decode_rows, LinearDecodeArgs)
-// Over [0, 1), where there are experts: the ExpertRows.
-PYGEN_CPU_KERNEL(linear_decode_experts, LinearDecodeArgs)
-// Over panels; with experts, over those of all that are used.
+// Over panels.
 PYGEN_CPU_KERNEL(linear_decode, LinearDecodeArgs)
 
 namespace cuda {

@@ -162,7 +162,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
 
     for outputs, inputs in ((1, 1), (33, 7), (40, 72), (70, 333)):
         for name, weight in _weights(draw, outputs, inputs):
-            yield _example(f"odd sizes, {name}", x(2, inputs), weight)
+            yield _example(f"odd sizes, {name}", x(16, inputs), weight)
     for name, weight in _weights(draw, 48, 160):
         for rows in (1, 3, 4, 9, 16, 17):
             yield _example(f"rows, {name}", x(rows, 160), weight)

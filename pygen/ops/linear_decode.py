@@ -166,9 +166,9 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     for name, weight in _weights(draw, 48, 160):
         for rows in (1, 3, 4, 9, 16, 17):
             yield _example(f"rows, {name}", x(rows, 160), weight)
-        yield _example(f"large x, {name}", 1000 * x(3, 160), weight)
-        yield _example(f"small x, {name}", 1e-3 * x(3, 160), weight)
-        ramp = (x(3, 160) * 2.0 ** -torch.arange(160).div(8, rounding_mode="floor")).to(dtype)
+        yield _example(f"large x, {name}", 1000 * x(24, 160), weight)
+        yield _example(f"small x, {name}", 1e-3 * x(24, 160), weight)
+        ramp = (x(24, 160) * 2.0 ** -torch.arange(160).div(8, rounding_mode="floor")).to(dtype)
         yield _example(f"from large to small, {name}", ramp, weight)
         special = x(6, 160)
         special[0, 3], special[1, 159], special[2, 7] = math.nan, math.inf, -math.inf
@@ -177,22 +177,22 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         yield _example(f"zeros, {name}", torch.zeros(2, 160, dtype=dtype), weight)
     for gated in (False, True):
         for name, weight in _weights(draw, 45, 96, gated):
-            more = {"bias": draw(45 * (1 + gated)).to(dtype), "residual": x(5, 45)}
+            more = {"bias": draw(45 * (1 + gated)).to(dtype), "residual": x(24, 45)}
             for activation in ("none", "silu", "gelu", "gelu_tanh"):
                 name = f"{activation}{', gated' if gated else ''}, {weight.format}"
-                yield _example(name, x(5, 96), weight, activation=activation, **more)
+                yield _example(name, x(24, 96), weight, activation=activation, **more)
     for name, weight in _weights(draw, 40, 200):
         parameters = {"norm_weight": draw(200).to(dtype), "norm_bias": draw(200), "eps": 1e-5}
         for norm in ("rms", "layer"):
-            yield _example(f"{norm}, {name}", 3 * x(3, 200) + 1, weight, norm=norm, **parameters)
-            yield _example(f"{norm} alone, {name}", x(3, 200), weight, norm=norm)
+            yield _example(f"{norm}, {name}", 3 * x(24, 200) + 1, weight, norm=norm, **parameters)
+            yield _example(f"{norm} alone, {name}", x(24, 200), weight, norm=norm)
         capped = {"bias": draw(40), "residual": x(24, 40)}
         for cap in (0.5, 30.0):
             yield _example(f"soft cap of {cap}, {name}", x(24, 200), weight, soft_cap=cap, **capped)
     layer = pack_linear(draw(64, 256), format="bfloat16")
-    yield _example("latents", x(4, 256), layer)
-    out = x(4, 64)
-    yield _example("in place", x(4, 256), layer, residual=out, out=out)
+    yield _example("latents", x(24, 256), layer)
+    out = x(24, 64)
+    yield _example("in place", x(24, 256), layer, residual=out, out=out)
     yield _example("no rows", x(0, 256), layer)
     for name, weight in _weights(draw, 40, 200):
         strided = torch.full((80, 5), math.nan, dtype=dtype)[::2].T

@@ -198,7 +198,7 @@ class Generate:
             rows = [row[length - count :] for row, count in zip(rows, mask.bool().sum(1).tolist(), strict=True)]
             # Earlier versions of transformers penalise the padding too.
             spared = any(isinstance(getattr(p, "prompt_ignore_length", None), Tensor) for p in logits_processor)
-            if sampling["repetition_penalty"] != 1.0 and not spared:
+            if sampling["repetition_penalty"] != 1.0 and not spared and not mask.all():
                 raise _NotDone("repetition_penalty of padded prompts")
         if not all(rows):
             raise _NotDone("attention_mask of a prompt without a token")

@@ -99,7 +99,7 @@ struct WorkItem {
 };
 
 // How many there are.
-inline int64_t work_items(const DecodeAttentionArgs& args) {
+PYGEN_INLINE int64_t work_items(const DecodeAttentionArgs& args) {
   int64_t items = 0;
   for (int64_t b = 0; b < args.cache.batch; ++b) {
     items += splits_of(args, kv_length(args.cache, b)).count * args.cache.kv_heads;

@@ -26,13 +26,15 @@ Enum named(const char* argument, std::string_view value, const std::string_view 
   return static_cast<Enum>(known - names);
 }
 
-Operand matrix(const char* name, const at::Tensor& tensor, int64_t columns, const at::Tensor& x) {
+Operand matrix(const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns, const at::Tensor& x,
+               bool allow_float = false) {
   check_no_grad(kOp, name, tensor);
   check_device(kOp, name, tensor, x.device());
-  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == columns, kOp, ": ", name,
-                    " must have shape (", x.size(0), ", ", columns, "), got ", tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), kOp, ": ", name, " must have x's dtype ", x.scalar_type(),
-                   ", got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, kOp, ": ", name,
+                    " must have shape (", rows, ", ", columns, "), got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type() || (allow_float && tensor.scalar_type() == at::kFloat), kOp,
+                   ": ", name, " must have x's dtype ", x.scalar_type(), allow_float ? " or be float32" : "", ", got ",
+                   tensor.scalar_type());
   return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1)}, kernel_dtype(kOp, name, tensor)};
 }
 
@@ -48,7 +50,7 @@ Operand vector(const char* name, const Optional& tensor, int64_t count, const at
 }
 
 PackedLinear packed(const at::Tensor& data, int64_t outputs, int64_t inputs, std::string_view format, int64_t group,
-                    bool zeros, bool gated, const at::Tensor& x) {
+                    bool zeros, bool gated, bool stacked, const at::Tensor& x) {
   check_index(kOp, "weight", data, at::kByte, x.device());
   PackedLinear weight{data.const_data_ptr(),
                       outputs,
@@ -60,11 +62,34 @@ PackedLinear packed(const at::Tensor& data, int64_t outputs, int64_t inputs, std
   const bool grouped = group == 32 || group == 64 || group == 128 || (group >= inputs && group % 8 == 0);
   TORCH_CHECK_VALUE(outputs >= 0 && inputs >= 1 && (weight.quantised() ? grouped : group == 0), kOp,
                     ": weight is not as pack_linear makes it");
-  TORCH_CHECK_VALUE(data.dim() == 2 && data.is_contiguous() && data.size(0) == weight.panels() &&
-                        data.size(1) == weight.panel_bytes() && reinterpret_cast<uintptr_t>(weight.data) % 64 == 0,
+  TORCH_CHECK_VALUE((data.dim() == 3) == stacked, kOp, ": experts and a weight of pack_experts go together");
+  TORCH_CHECK_VALUE(data.dim() == 2 + stacked && data.is_contiguous() && data.size(-2) == weight.panels() &&
+                        data.size(-1) == weight.panel_bytes() && reinterpret_cast<uintptr_t>(weight.data) % 64 == 0,
                     kOp, ": weight must hold ", weight.panels(), " panels of ", weight.panel_bytes(),
                     " bytes, aligned to 64, got ", data.sizes());
   return weight;
+}
+
+// Of each row of x, those of all its choices: int64 (rows, choices).
+void add_experts(LinearDecodeArgs& args, const at::Tensor& experts, const at::Tensor& data, const at::Tensor& x) {
+  check_index(kOp, "experts", experts, at::kLong, x.device());
+  TORCH_CHECK_VALUE(experts.dim() == 2 && experts.is_contiguous(), kOp,
+                    ": experts must have shape (..., choices) and be contiguous, got ", experts.sizes(),
+                    " with strides ", experts.strides());
+  args.rows = experts.numel();
+  args.expert_count = data.size(0);
+  TORCH_CHECK_VALUE(args.expert_count >= 1, kOp, ": weight must hold an expert");
+  TORCH_CHECK_VALUE(x.size(0) == experts.size(0) || x.size(0) == args.rows, kOp, ": x of shape ", x.sizes(),
+                    " does not fit experts of shape ", experts.sizes());
+  args.choices = args.rows / std::max<int64_t>(1, x.size(0));
+  args.experts = experts.const_data_ptr<int64_t>();
+}
+
+void check_experts(const LinearDecodeArgs& args) {
+  for (int64_t row = 0; args.experts != nullptr && row < args.rows; ++row) {
+    TORCH_CHECK_INDEX(args.experts[row] >= 0 && args.experts[row] < args.expert_count, kOp, ": expert ",
+                      args.experts[row], " is none of the weight's ", args.expert_count);
+  }
 }
 
 at::Tensor reserve_scratch(LinearDecodeArgs& args, int64_t bytes, const at::Tensor& x) {
@@ -74,10 +99,13 @@ at::Tensor reserve_scratch(LinearDecodeArgs& args, int64_t bytes, const at::Tens
 }
 
 [[maybe_unused]] void launch(const Cpu& cpu, LinearDecodeArgs& args, const at::Tensor& x) {
-  const at::Tensor scratch = reserve_scratch(args, args.rows * LinearRow(args).bytes, x);
+  const at::Tensor scratch = reserve_scratch(args, linear_decode_scratch(args), x);
   cpu.keep(scratch);
-  cpu.run(linear_decode_rows, args, args.rows, std::max<int64_t>(1, kMoveGrain / args.weight.inputs));
-  cpu.run(linear_decode, args, args.weight.panels(), std::max<int64_t>(1, kWeightGrain / args.weight.panel_bytes()));
+  cpu.run(linear_decode_rows, args, x.size(0), std::max<int64_t>(1, kMoveGrain / args.weight.inputs));
+  const int64_t panels = args.weight.panels(), grain = std::max<int64_t>(1, kWeightGrain / args.weight.panel_bytes());
+  if (args.experts == nullptr) return cpu.run(linear_decode, args, panels, grain);
+  cpu.run(linear_decode_experts, args, 1, 1);
+  cpu.run(linear_decode, args, [used = ExpertRows(args).used, panels] { return *used * panels; }, grain);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
 void launch(const Gpu& gpu, LinearDecodeArgs& args, const at::Tensor& x) {
@@ -91,15 +119,17 @@ void linear_decode_op(const at::Tensor& x, const at::Tensor& weight, int64_t out
                       std::string_view format, int64_t group, bool zeros, bool gated, const Optional& bias,
                       const Optional& residual, std::string_view activation, std::string_view norm,
                       const Optional& norm_weight, const Optional& norm_bias, double eps,
-                      std::optional<double> soft_cap, const at::Tensor& out) {
+                      std::optional<double> soft_cap, const Optional& experts, const at::Tensor& out) {
   // Check and describe.
   TORCH_CHECK_VALUE(x.dim() == 2, kOp, ": x must have shape (rows, inputs), got ", x.sizes());
   LinearDecodeArgs args{};
-  args.rows = x.size(0);
-  args.x = matrix("x", x, inputs, x);
-  args.weight = packed(weight, outputs, inputs, format, group, zeros, gated, x);
-  args.out = matrix("out", out, outputs, x);
-  if (residual.has_value()) args.residual = matrix("residual", *residual, outputs, x);
+  args.rows = x.size(0), args.choices = 1;
+  args.x = matrix("x", x, x.size(0), inputs, x);
+  args.weight = packed(weight, outputs, inputs, format, group, zeros, gated, experts.has_value(), x);
+  if (experts.has_value()) add_experts(args, *experts, weight, x);
+  args.out = matrix("out", out, args.rows, outputs, x, /*allow_float=*/true);
+  if (residual.has_value()) args.residual = matrix("residual", *residual, args.rows, outputs, x);
+  TORCH_CHECK_VALUE(!(bias.has_value() && experts.has_value()), kOp, ": bias is for a layer without experts");
   args.bias = vector("bias", bias, outputs * (1 + gated), x);
   args.norm = named<LinearNorm>("norm", norm, kNorms);
   args.activated = activation != "none";
@@ -118,6 +148,7 @@ void linear_decode_op(const at::Tensor& x, const at::Tensor& weight, int64_t out
   at::assert_no_overlap(out, x);
   if (residual.has_value()) at::assert_no_partial_overlap(out, *residual);
   if (args.rows == 0 || outputs == 0) return;
+  if (Backend::host_can_read()) check_experts(args);
 
   // Launch.
   launch(Backend(x), args, x);
@@ -126,7 +157,8 @@ void linear_decode_op(const at::Tensor& x, const at::Tensor& weight, int64_t out
 PYGEN_OP("linear_decode", linear_decode_op,
          "(Tensor x, Tensor weight, SymInt outputs, SymInt inputs, str format, SymInt group, bool zeros, "
          "bool gated, Tensor? bias, Tensor? residual, str activation, str norm, Tensor? norm_weight, "
-         "Tensor? norm_bias, float eps, float? soft_cap, Tensor(a!) out) -> ()")
+         "Tensor? norm_bias, float eps, float? soft_cap, Tensor? experts, "
+         "Tensor(a!) out) -> ()")
 
 }  // namespace
 }  // namespace pygen

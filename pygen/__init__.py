@@ -9,6 +9,7 @@ from pygen.diffusion.sample import sample
 from pygen.ops.affine_step import affine_step
 from pygen.ops.backend import backend
 from pygen.ops.cache_append import cache_append
+from pygen.ops.combine_experts import combine_experts
 from pygen.ops.decode_attention import decode_attention
 from pygen.ops.diffusion_loss import diffusion_loss
 from pygen.ops.dynamic_threshold import dynamic_threshold
@@ -17,11 +18,12 @@ from pygen.ops.gated_unit import geglu, swiglu
 from pygen.ops.green_tokens import WatermarkScore, detect_watermark, green_tokens
 from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.linear_decode import linear_decode
-from pygen.ops.packed_linear import PackedLinear, pack_linear
+from pygen.ops.packed_linear import PackedLinear, pack_experts, pack_linear
 from pygen.ops.philox_normal import philox_normal
 from pygen.ops.posterior_token import posterior_token
 from pygen.ops.record import Program, record
 from pygen.ops.rope import rope, rope_frequencies, rope_table
+from pygen.ops.route_experts import route_experts
 from pygen.ops.route_token import route_token
 from pygen.ops.row_norm import layer_norm, rms_norm
 from pygen.ops.sample_gram import sample_gram
@@ -44,6 +46,7 @@ __all__ = [
     "affine_step",
     "backend",
     "cache_append",
+    "combine_experts",
     "decode_attention",
     "detect_watermark",
     "diffusion_loss",
@@ -55,6 +58,7 @@ __all__ = [
     "group_norm_silu",
     "layer_norm",
     "linear_decode",
+    "pack_experts",
     "pack_linear",
     "philox_normal",
     "plan",
@@ -64,6 +68,7 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "rope_table",
+    "route_experts",
     "route_token",
     "sample",
     "sample_gram",

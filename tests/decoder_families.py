@@ -42,6 +42,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2Config", {"n_embd": 96, "n_head": 6, "n_layer": 3, "n_positions": 512}),
     "pythia": ("GPTNeoXConfig", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 72, "mlp_only_layers": [1],
+            "head_dim": 24, "norm_topk_prob": True,
+        },
+    ),
     "gpt-neox": ("GPTNeoXConfig", {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"}),
 }  # fmt: skip
 
@@ -53,7 +61,9 @@ def made(family: str, dtype: torch.dtype = torch.float32) -> Any:
     own = {key: value for key, value in SIZES.items() if key in known}
     config = getattr(transformers, name)(**own | given)
     torch.manual_seed(sum(map(ord, family)))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    # The other implementations know no float64.
+    how = {"experts_implementation": "eager"} if "num_experts_per_tok" in known else {}
+    model = transformers.AutoModelForCausalLM.from_config(config, **how).eval()
     with torch.no_grad():
         for tensor in model.parameters():
             if tensor.dim() == 1:

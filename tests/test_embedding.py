@@ -70,6 +70,17 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
         pygen.embedding(**({"tokens": TOKENS, "weight": WEIGHT} | arguments))
 
 
+@BY_DTYPE
+def test_rows_that_there_are_not_are_zeros_in_a_replay(dtype: torch.dtype, isa: str) -> None:
+    tokens, positions = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+    weight, learned = WEIGHT.to(dtype), POSITIONS.to(dtype)
+    program = pygen.record(lambda: pygen.embedding(tokens, weight, positions=positions, position_weight=learned))
+    tokens.copy_(torch.tensor([5, -1, 2**62, 1, 4]))
+    positions.copy_(torch.tensor([0, 0, 0, 9, 8]))
+    assert not program()[:4].any()
+    assert torch.equal(program()[4], weight[4] + learned[8])
+
+
 def test_overlap_is_refused() -> None:
     weight = torch.zeros(8, 24)
     with pytest.raises(RuntimeError, match="single memory location"):

@@ -1,6 +1,6 @@
 #include "pygen/embedding.h"
 
-#include "head_row.h"
+#include "first_lanes.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
@@ -30,21 +30,12 @@ void rows(const EmbeddingArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-using Rows = decltype(&rows<DType::kFloat32, DType::kFloat32>);
-
-template <DType kWeight>
-Rows choose(DType out) {
-  if (out == DType::kFloat32) return rows<kWeight, DType::kFloat32>;
-  return out == DType::kBFloat16 ? rows<kWeight, DType::kBFloat16> : rows<kWeight, DType::kFloat16>;
-}
-
 }  // namespace
 
 void embedding(const EmbeddingArgs& args, int64_t begin, int64_t end) {
-  const Rows rows = args.weight_dtype == DType::kFloat32    ? choose<DType::kFloat32>(args.out.dtype)
-                    : args.weight_dtype == DType::kBFloat16 ? choose<DType::kBFloat16>(args.out.dtype)
-                                                            : choose<DType::kFloat16>(args.out.dtype);
-  rows(args, begin, end);
+  with_dtype(args.weight_dtype, [&](auto weight) {
+    with_dtype(args.out.dtype, [&](auto out) { rows<weight.value, out.value>(args, begin, end); });
+  });
 }
 
 }  // namespace pygen::PYGEN_ISA

@@ -1,31 +1,12 @@
 // A head of one token on a CPU: read, scaled, turned and stored vector by vector.
 #pragma once
 
-#include <algorithm>
-
+#include "first_lanes.h"
 #include "pygen/rope.h"
 #include "pygen/rope_row.h"
 
 namespace pygen {
 namespace {
-
-// The first `count` of kLanes neighbours; the others are 0.
-template <DType kDType>
-PYGEN_INLINE F32 load_first(const char* from, int count) {
-  if (count >= kLanes) [[likely]]
-    return load<kDType>(from);
-  char copy[kLanes * size_of(kDType)] = {};
-  std::memcpy(copy, from, std::max(count, 0) * size_of(kDType));
-  return load<kDType>(copy);
-}
-template <DType kDType>
-PYGEN_INLINE void store_first(char* to, F32 value, int count) {
-  if (count >= kLanes) [[likely]]
-    return store<kDType>(to, value);
-  char copy[kLanes * size_of(kDType)];
-  store<kDType>(copy, value);
-  std::memcpy(to, copy, std::max(count, 0) * size_of(kDType));
-}
 
 // What turns a head: cosines and sines in whole vectors.
 struct HeadTurn {

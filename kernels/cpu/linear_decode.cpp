@@ -159,19 +159,26 @@ inline constexpr int kLine = kPanel * 4;                // bytes of a panel that
 inline constexpr int kRowsTogether = 64;                // rows that meet a panel before the next one
 inline constexpr int64_t kFetchAhead = 4096;            // bytes
 
-// What a tile is made of: the panel from its column on, rows of scratch memory, inputs or chunks [begin, end), sums.
+// The rows that meet a panel: their numbers in out, and where the scratch memory has what they are made of.
+struct PanelRows {
+  int count;
+  int64_t number[kRowsTogether];
+  const char* x[kRowsTogether];
+};
+
+// What a tile is made of: the panel from its column on, its rows, inputs or chunks [begin, end), sums.
 struct Tile {
   const LinearDecodeArgs& args;
   const LinearRow& layout;
   const char* panel;
   int column;
-  const char* x;
+  const char* const* x;
   int64_t begin, end;
   float* sum;  // kPanel apart
 
   template <class T>
   PYGEN_INLINE const T* row(int r, int64_t offset) const {
-    return reinterpret_cast<const T*>(x + r * layout.bytes + offset);
+    return reinterpret_cast<const T*>(x[r] + offset);
   }
 };
 
@@ -372,23 +379,23 @@ void multiply_rows(const Tile& tile, int rows) {
   Weights::template multiply<kRows>(tile);
 }
 
-// Adds the products of a panel's `units` units to those sums that `rows` rows from `row` on have.
+// Adds the products of a panel's `units` units to the sums of the rows.
 template <class Weights>
 void multiply_panel(const LinearDecodeArgs& args, const LinearRow& layout, const char* panel, int64_t units,
-                    int64_t row, int rows, float* sums) {
+                    const PanelRows& rows, float* sums) {
   constexpr int kColumns = kTile * kLanes;
   for (int64_t begin = 0; begin < units; begin += Weights::kUnits) {
     for (int column = 0; column < kPanel; column += kColumns) {
-      for (int r = 0; r < rows; r += Weights::kMostRows) {
+      for (int r = 0; r < rows.count; r += Weights::kMostRows) {
         const Tile tile{args,
                         layout,
                         panel,
                         column,
-                        args.scratch + (row + r) * layout.bytes,
+                        rows.x + r,
                         begin,
                         std::min(units, begin + Weights::kUnits),
                         sums + r * kPanel + column};
-        multiply_rows<Weights, Weights::kMostRows>(tile, std::min(Weights::kMostRows, rows - r));
+        multiply_rows<Weights, Weights::kMostRows>(tile, std::min(Weights::kMostRows, rows.count - r));
       }
     }
   }
@@ -412,8 +419,8 @@ float weight_at(const PackedLinear& weight, const char* panel, int64_t input, in
 }
 
 // What to_words left out.
-void add_special(const LinearDecodeArgs& args, const LinearRow& layout, const char* panel, int64_t row, float* sums) {
-  const char* const scratch = args.scratch + row * layout.bytes;
+void add_special(const LinearDecodeArgs& args, const LinearRow& layout, const char* panel, const char* scratch,
+                 float* sums) {
   const float* const x = reinterpret_cast<const float*>(scratch);
   for (int64_t c = 0; c < layout.chunks; ++c) {
     if (reinterpret_cast<const LinearChunk*>(scratch + layout.chunks_at)[c].special == 0) continue;
@@ -453,7 +460,7 @@ void narrow(char* to, DType dtype, const float* from) {
   }
 }
 
-void finish_panel(const LinearDecodeArgs& args, int64_t panel, int64_t row, int rows, float* sums) {
+void finish_panel(const LinearDecodeArgs& args, int64_t panel, const PanelRows& rows, float* sums) {
   const int width = args.weight.width();
   const int64_t first = panel * width, outputs = std::min<int64_t>(width, args.weight.outputs - first);
   alignas(64) float bias[kPanel] = {};
@@ -462,12 +469,13 @@ void finish_panel(const LinearDecodeArgs& args, int64_t panel, int64_t row, int 
     widen(bias, args.bias, first * stride, stride, outputs);
     if (args.weight.gated) widen(bias + width, args.bias, (args.weight.outputs + first) * stride, stride, outputs);
   }
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < rows.count; ++r) {
+    const int64_t row = rows.number[r];
     float* const sum = sums + r * kPanel;
     alignas(64) float residual[kPanel] = {};
     if (args.residual.data != nullptr) {
       const int64_t stride = args.residual.stride[1];
-      widen(residual, args.residual, (row + r) * args.residual.stride[0] + first * stride, stride, outputs);
+      widen(residual, args.residual, row * args.residual.stride[0] + first * stride, stride, outputs);
     }
     for (int j = 0; j < width; j += kLanes) {
       F32 y = activated(args, load_bytes<F32>(sum + j) + load_bytes<F32>(bias + j));
@@ -479,7 +487,7 @@ void finish_panel(const LinearDecodeArgs& args, int64_t panel, int64_t row, int 
     alignas(64) char copy[kPanel * sizeof(float)];
     const int64_t size = size_of(args.out.dtype), stride = args.out.stride[1];
     narrow(copy, args.out.dtype, sum);
-    char* const to = static_cast<char*>(args.out.data) + ((row + r) * args.out.stride[0] + first * stride) * size;
+    char* const to = static_cast<char*>(args.out.data) + (row * args.out.stride[0] + first * stride) * size;
     copy_elements(to, stride, copy, 1, outputs, size);
   }
 }
@@ -489,6 +497,23 @@ void finish_panel(const LinearDecodeArgs& args, int64_t panel, int64_t row, int 
 void linear_decode_rows(const LinearDecodeArgs& args, int64_t begin, int64_t end) {
   const LinearRow layout(args);
   for (int64_t row = begin; row < end; ++row) make_row(args, layout, row);
+}
+
+void linear_decode_experts(const LinearDecodeArgs& args, int64_t, int64_t) {
+  const ExpertRows by(args);
+  const int64_t count = args.expert_count;
+  const auto expert_of = [&](int64_t row) {
+    const int64_t expert = args.experts[row];
+    return expert >= 0 && expert < count ? expert : count;
+  };
+  std::fill_n(by.first, count + 3, 0);
+  for (int64_t row = 0; row < args.rows; ++row) ++by.first[expert_of(row) + 2];
+  *by.used = 0;
+  for (int64_t e = 0; e <= count; ++e) {
+    if (by.first[e + 2] > 0) by.experts[(*by.used)++] = e;
+    by.first[e + 2] += by.first[e + 1];
+  }
+  for (int64_t row = 0; row < args.rows; ++row) by.rows[by.first[expert_of(row) + 1]++] = row;
 }
 
 void linear_decode(const LinearDecodeArgs& args, int64_t begin, int64_t end) {
@@ -505,17 +530,35 @@ void linear_decode(const LinearDecodeArgs& args, int64_t begin, int64_t end) {
   const int64_t units = weight.quantised()                         ? layout.chunks
                         : weight.format == WeightFormat::kBFloat16 ? weight.padded_inputs() / 2
                                                                    : weight.inputs;
-  for (int64_t index = begin; index < end; ++index) {
-    const char* const panel = static_cast<const char*>(weight.data) + index * weight.panel_bytes();
-    for (int64_t row = 0; row < args.rows; row += kRowsTogether) {
-      const int rows = static_cast<int>(std::min<int64_t>(kRowsTogether, args.rows - row));
-      alignas(64) float sums[kRowsTogether * kPanel];
-      std::fill_n(sums, rows * kPanel, 0.0f);
-      multiply(args, layout, panel, units, row, rows, sums);
-      if (weight.quantised()) {
-        for (int r = 0; r < rows; ++r) add_special(args, layout, panel, row + r, sums + r * kPanel);
+  const int64_t panels = weight.panels();
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t index = unit % panels;
+    const int64_t* order = nullptr;
+    int64_t expert = 0, count = args.rows;
+    if (args.experts != nullptr) {
+      const ExpertRows by(args);
+      expert = by.experts[unit / panels];
+      order = by.rows + by.first[expert];
+      count = by.first[expert + 1] - by.first[expert];
+    }
+    const char* const panel = static_cast<const char*>(weight.data) + (expert * panels + index) * weight.panel_bytes();
+    for (int64_t row = 0; row < count; row += kRowsTogether) {
+      PanelRows rows;
+      rows.count = static_cast<int>(std::min<int64_t>(kRowsTogether, count - row));
+      for (int r = 0; r < rows.count; ++r) {
+        rows.number[r] = order == nullptr ? row + r : order[row + r];
+        const int64_t of_x = order == nullptr ? row + r : rows.number[r] / args.choices;
+        rows.x[r] = args.scratch + of_x * layout.bytes;
       }
-      finish_panel(args, index, row, rows, sums);
+      alignas(64) float sums[kRowsTogether * kPanel];
+      std::fill_n(sums, rows.count * kPanel, 0.0f);
+      if (args.experts == nullptr || expert < args.expert_count) {
+        multiply(args, layout, panel, units, rows, sums);
+        for (int r = 0; weight.quantised() && r < rows.count; ++r) {
+          add_special(args, layout, panel, rows.x[r], sums + r * kPanel);
+        }
+      }
+      finish_panel(args, index, rows, sums);
     }
   }
 }

@@ -71,6 +71,27 @@ struct InnerSpace {
   }
 };
 
+// The `count` first of eight neighbours; all of them by 16-byte accesses where `eights`.
+PYGEN_INLINE void load_neighbours(const char* from, DType dtype, bool eights, int count, float (&to)[kEight]) {
+  if (eights) return load_eight(from, dtype, to);
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) {
+    if (i < count) to[i] = load_one(from + i * size_of(dtype), dtype);
+  }
+}
+PYGEN_INLINE void store_neighbours(char* to, DType dtype, bool eights, int count, const float (&from)[kEight]) {
+  if (eights) return store_eight(to, dtype, from);
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) {
+    if (i < count) store_one(to + i * size_of(dtype), dtype, from[i]);
+  }
+}
+
+// Whether rows of `width` neighbours, those strides apart, allow it.
+inline bool rows_in_eights(const void* data, int64_t width, int64_t stride, int64_t other_stride = 0) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (width | stride | other_stride) % kEight == 0;
+}
+
 // How many threads a block has, and how many elements of a row it takes, so that small work fills the machine and
 // large work does not pay for a block again and again.
 struct Blocks {

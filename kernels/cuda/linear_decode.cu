@@ -7,9 +7,10 @@
 // grid: the first takes it from memory, the others from the second-level cache.
 //
 // Bound by the reading of the weights as long as arithmetic keeps up: a row takes an fma per float weight, or half a
-// dp2a per code (16-bit numbers times bytes; a whole one where x is float32). Of a GPU with 7 fma and 1 or 2 dp2a per
-// byte of bandwidth (data-centre ones of the last years), that keeps up with 16 rows of float32, 8 of bfloat16, 4 of
-// int8 and 2 of int4; beyond, products set the pace. Tensor cores would lift that bound, and not the first.
+// dp2a per code (16-bit numbers times bytes; a whole one where x or out is float32). Of a GPU with 7 fma and 1 or 2
+// dp2a per byte of bandwidth (data-centre ones of the last years), that keeps up with 16 rows of float32, 8 of
+// bfloat16, 4 of int8 and 2 of int4; beyond, products set the pace. Tensor cores would lift that bound, and not the
+// first.
 #include "pygen/device.h"
 #include "pygen/gated_unit_rule.h"
 #include "pygen/linear_decode.h"
@@ -32,28 +33,35 @@ constexpr int line_inputs_of(WeightFormat format) {
   return kInputs[static_cast<int>(format)];
 }
 // The workspace. Rows are computed together, 1, 2, 4 or 8 of them; of a line's inputs those of all the rows lie
-// together, then the next line's: floats, or 16-bit words (twice where x is float32).
+// together, then the next line's: floats, or 16-bit words (twice where x or out is float32).
 struct Layout {
   int together, line_inputs, words;
   int chunk;       // inputs that have a power of two in common
-  int groups;      // of rows
+  int groups;      // of rows, each of one expert
   int64_t inputs;  // padded
-  int64_t lines_at, scales_at, specials_at, bytes;
+  int64_t lines_at, scales_at, specials_at, slots_at, experts_at, bytes;
 
   constexpr explicit Layout(const LinearDecodeArgs& args) {
     const PackedLinear& weight = args.weight;
+    // Of experts, twice what one has if all are liked the same.
+    const int64_t wanted = args.experts == nullptr ? args.rows : 2 * args.rows / args.expert_count;
     together = 1;
-    while (together < kMostRows && together < args.rows) together *= 2;
+    while (together < kMostRows && together < wanted) together *= 2;
     line_inputs = line_inputs_of(weight.format);
-    words = !weight.quantised() ? 0 : args.x.dtype == DType::kFloat32 ? 2 : 1;
+    words = weight.quantised() ? linear_words(args) : 0;
     chunk = weight.group < kInputsUnit ? static_cast<int>(weight.group) : kInputsUnit;
     inputs = (weight.padded_inputs() + kInputsUnit - 1) / kInputsUnit * kInputsUnit;
-    groups = static_cast<int>((args.rows + together - 1) / together);
+    const int64_t apart = args.experts == nullptr             ? 1
+                          : args.rows < args.expert_count + 1 ? args.rows
+                                                              : args.expert_count + 1;
+    groups = static_cast<int>((args.rows + apart * (together - 1)) / together);  // at the most
     const int64_t rows = int64_t{groups} * together;
     lines_at = rows * inputs * 4;
     scales_at = lines_at + rows * inputs * 2 * words;
     specials_at = scales_at + (words == 0 ? 0 : rows * chunks() * 4);
-    bytes = specials_at + rows * 4;
+    slots_at = specials_at + rows * 4;
+    experts_at = slots_at + (args.experts == nullptr ? 0 : rows * 4);
+    bytes = experts_at + (args.experts == nullptr ? 0 : groups * 4);
   }
 
   constexpr int64_t chunks() const { return (inputs + chunk - 1) / chunk; }
@@ -66,6 +74,60 @@ struct Layout {
   // Where a row's chunks have their scales, `together` apart.
   constexpr int64_t scale_at(int64_t row) const { return row / together * together * chunks() + row % together; }
 };
+
+// ---- Experts -------------------------------------------------------------------------------------------------------
+
+// The row of out that a slot of a group has, or -1; and a group's expert, or -1 where there is no such group.
+PYGEN_INLINE int32_t& slot_row(const LinearDecodeArgs& args, const Layout& layout, int64_t slot) {
+  return reinterpret_cast<int32_t*>(args.scratch + layout.slots_at)[slot];
+}
+PYGEN_INLINE int32_t& group_expert(const LinearDecodeArgs& args, const Layout& layout, int64_t group) {
+  return reinterpret_cast<int32_t*>(args.scratch + layout.experts_at)[group];
+}
+PYGEN_INLINE int64_t row_of(const LinearDecodeArgs& args, const Layout& layout, int64_t slot) {
+  return args.experts == nullptr ? slot : slot_row(args, layout, slot);
+}
+
+constexpr int kExpertThreads = 256;
+
+// Groups of rows, by their expert: a thread to each expert. One that there is not has the number expert_count.
+__global__ void __launch_bounds__(kExpertThreads)
+    experts_kernel(const __grid_constant__ LinearDecodeArgs args, const __grid_constant__ Layout layout) {
+  __shared__ int shared[kExpertThreads / kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const auto belongs = [&](int64_t row, int64_t expert) {
+    const int64_t named = args.experts[row];
+    return (named >= 0 && named < args.expert_count ? named : args.expert_count) == expert;
+  };
+  for (int i = threadIdx.x; i < layout.groups * layout.together; i += kExpertThreads) slot_row(args, layout, i) = -1;
+  for (int i = threadIdx.x; i < layout.groups; i += kExpertThreads) group_expert(args, layout, i) = -1;
+  int before = 0;  // groups of the experts before
+  for (int64_t base = 0; base <= args.expert_count; base += kExpertThreads) {
+    const int64_t expert = base + threadIdx.x;
+    int count = 0;
+    for (int64_t row = 0; row < args.rows; ++row) count += belongs(row, expert);
+    const int groups = (count + layout.together - 1) / layout.together;
+    int until = groups;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int other = __shfl_up_sync(kWholeWarp, until, step);
+      if (lane >= step) until += other;
+    }
+    __syncthreads();
+    if (lane == kWarp - 1) shared[warp] = until;
+    __syncthreads();
+    int first = before + until - groups;
+    for (int w = 0; w < kExpertThreads / kWarp; ++w) {
+      if (w < warp) first += shared[w];
+      before += shared[w];
+    }
+    for (int g = 0; g < groups; ++g) group_expert(args, layout, first + g) = static_cast<int32_t>(expert);
+    int64_t slot = int64_t{first} * layout.together;
+    for (int64_t row = 0; count > 0 && row < args.rows; ++row) {
+      if (belongs(row, expert)) slot_row(args, layout, slot++) = static_cast<int32_t>(row);
+    }
+  }
+}
 
 // ---- Rows: a block to each -----------------------------------------------------------------------------------------
 
@@ -170,10 +232,12 @@ PYGEN_INLINE bool make_chunk(const LinearDecodeArgs& args, const Layout& layout,
 __global__ void __launch_bounds__(kRowThreads, 1)
     rows_kernel(const __grid_constant__ LinearDecodeArgs args, const __grid_constant__ Layout layout) {
   __shared__ double shared[kRowWarps];
-  const int64_t row = blockIdx.x;
+  const int64_t row = blockIdx.x, of_out = row_of(args, layout, row);  // of the workspace, and of out
+  if (of_out < 0) return;
+  const int64_t of_x = args.experts == nullptr ? row : of_out / args.choices;
   float* const x = reinterpret_cast<float*>(args.scratch);
   for (int64_t i = threadIdx.x; i < layout.inputs; i += kRowThreads) {
-    x[layout.float_at(row, i)] = i < args.weight.inputs ? load_one(place(args.x, row, i), args.x.dtype) : 0.0f;
+    x[layout.float_at(row, i)] = i < args.weight.inputs ? load_one(place(args.x, of_x, i), args.x.dtype) : 0.0f;
   }
   if (args.norm != LinearNorm::kNone) normalise(args, layout, row, shared);
   if (layout.words == 0) return;
@@ -207,7 +271,12 @@ struct Lane {
         group(blockIdx.x % layout.groups),
         lines(static_cast<int>(args.weight.padded_inputs() / line_inputs)),
         team(threadIdx.x % kWarp / (kPanel / kOutputs)),
-        first(threadIdx.x % (kPanel / kOutputs) * kOutputs) {}
+        first(threadIdx.x % (kPanel / kOutputs) * kOutputs) {
+    if (args.experts == nullptr) return;
+    const int64_t expert = group_expert(args, layout, group);
+    if (expert >= args.expert_count) lines = 0;
+    panel += (lines == 0 ? 0 : expert) * args.weight.panels() * args.weight.panel_bytes();
+  }
 };
 
 template <WeightFormat kFormat, int kRows>
@@ -385,6 +454,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     panels_kernel(const __grid_constant__ LinearDecodeArgs args, const __grid_constant__ Layout layout) {
   static_assert(kRows * kPanel <= kThreads);
   __shared__ float shared[kWarps][kRows][kPanel];
+  if (args.experts != nullptr && group_expert(args, layout, blockIdx.x % layout.groups) < 0) return;
   const Lane lane(args, layout, Weights::kLineInputs);
   const Weights weights(lane);
   const int warp = threadIdx.x / kWarp;
@@ -424,12 +494,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int width = args.weight.width();
   const int r = threadIdx.x / width, output = threadIdx.x % width;
-  const int64_t row = lane.group * kRows + r, column = blockIdx.x / layout.groups * width + output;
-  if (r >= kRows || row >= args.rows || column >= args.weight.outputs) return;
+  const int64_t slot = lane.group * kRows + r, column = blockIdx.x / layout.groups * width + output;
+  if (r >= kRows || column >= args.weight.outputs) return;
+  const int64_t row = row_of(args, layout, slot);
+  if (row < 0 || row >= args.rows) return;
   const auto projected = [&](int in_panel, int64_t in_bias) {
     float y = 0.0f;
     for (int w = 0; w < kWarps; ++w) y += shared[w][r][in_panel];
-    if (args.weight.quantised()) y += special_sum(args, layout, lane.panel, row, in_panel);
+    if (args.weight.quantised() && lane.lines > 0) y += special_sum(args, layout, lane.panel, slot, in_panel);
     return y + element(args.bias, in_bias, 0.0f);
   };
   float y = activated(args, projected(output, column));
@@ -466,7 +538,9 @@ int64_t linear_decode_workspace(const LinearDecodeArgs& args) { return Layout(ar
 
 void linear_decode(const LinearDecodeArgs& args, void* stream) {
   const Layout layout(args);
-  PYGEN_LAUNCH(rows_kernel, dim3(static_cast<unsigned>(args.rows)), dim3(kRowThreads), 0, stream, args, layout);
+  if (args.experts != nullptr) PYGEN_LAUNCH(experts_kernel, dim3(1), dim3(kExpertThreads), 0, stream, args, layout);
+  const int64_t rows = args.experts == nullptr ? args.rows : int64_t{layout.groups} * layout.together;
+  PYGEN_LAUNCH(rows_kernel, dim3(static_cast<unsigned>(rows)), dim3(kRowThreads), 0, stream, args, layout);
   const int64_t group = args.weight.group;
   const bool one = args.weight.padded_inputs() == group;  // scale for all inputs
   switch (args.weight.format) {

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pygen.files import refuse
-from pygen.models.decoder import DecoderConfig, DecoderModel, Layer, Linear, Norm
+from pygen.models.decoder import DecoderConfig, DecoderModel, Experts, Layer, Linear, Norm
 from pygen.ops.linear_decode import Activation
-from pygen.ops.packed_linear import FORMATS, GROUPS, WeightFormat, pack_linear
+from pygen.ops.packed_linear import FORMATS, GROUPS, WeightFormat, pack_experts, pack_linear
 from pygen.ops.rope import rope_frequencies, rope_table
 
 # What says how a model was trained, is to be sampled or printed, and nothing of what it computes.
@@ -109,6 +109,24 @@ class Fields:
                 self.refuse(f"field {name!r} is not understood")
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts in the place of the MLP of some layers.
+
+    name: of the block in a layer; gate, up, down: of an expert's layers.
+    """
+
+    layers: frozenset[int]
+    experts: int
+    top_k: int
+    normalise: bool
+    intermediate: int
+    name: str
+    gate: str
+    up: str
+    down: str
+
+
 @dataclass
 class Plan:
     """A decoder without its weights, and where they are.
@@ -137,6 +155,7 @@ class Plan:
     interleaved: bool = False
     offset: float = 0.0
     buffers: tuple[str, ...] = ()
+    mixture: Mixture | None = None
 
 
 _LLAMA_PARTS: dict[str, str | tuple[str, ...]] = {
@@ -168,6 +187,31 @@ def _llama(fields: Fields, positions: int | None) -> Plan:
         plan.parts |= _HEAD_NORMS
     elif family == "phi3":
         plan.parts |= {"qkv": "self_attn.qkv_proj", "up": "mlp.gate_up_proj"}
+    return plan
+
+
+def _mixtral(fields: Fields, positions: int | None) -> Plan:
+    """Mixtral (Jiang et al. 2024)."""
+    plan = _rms_plan(fields, positions, biases=set())
+    every = frozenset(range(plan.layers))
+    experts, top_k = fields.count("num_local_experts"), fields.count("num_experts_per_tok")
+    plan.mixture = Mixture(every, experts, top_k, True, plan.intermediate, "block_sparse_moe", "w1", "w3", "w2")
+    return plan
+
+
+def _qwen3_moe(fields: Fields, positions: int | None) -> Plan:
+    """Qwen3-MoE (2025): some layers may have an MLP."""
+    plan = _rms_plan(fields, positions, biases={"qkv", "merge"} if fields.flag("attention_bias", False) else set())
+    plan.parts |= _HEAD_NORMS
+    dense, step = fields.get("mlp_only_layers", []), fields.count("decoder_sparse_step", 1)
+    if not isinstance(dense, list):
+        fields.refuse(f"mlp_only_layers must be a list, got {dense!r:.100}")
+    plan.mixture = Mixture(
+        frozenset(i for i in range(plan.layers) if i not in dense and (i + 1) % step == 0),
+        fields.count("num_experts", fields.get("num_local_experts", None)), fields.count("num_experts_per_tok"),
+        fields.flag("norm_topk_prob", False), fields.count("moe_intermediate_size"),
+        "mlp", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
     return plan
 
 
@@ -239,7 +283,7 @@ def _layer_kinds(fields: Fields, layers: int) -> list[str]:
             slides = [i % 2 == 0 for i in range(layers)]
         elif family == "gemma3_text":
             slides = [(i + 1) % pattern != 0 for i in range(layers)]
-        elif family in ("qwen2", "qwen3"):
+        elif family in ("qwen2", "qwen3", "qwen3_moe"):
             slides = [uses and i >= full for i in range(layers)]
         else:
             slides = [True] * layers
@@ -362,6 +406,7 @@ def _gpt_neox(fields: Fields, positions: int | None) -> Plan:
 FAMILIES: dict[str, Callable[[Fields, int | None], Plan]] = {
     "llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama, "phi3": _llama,
     "gemma2": _gemma, "gemma3_text": _gemma, "gpt2": _gpt2, "gpt_neox": _gpt_neox,
+    "mixtral": _mixtral, "qwen3_moe": _qwen3_moe,
 }  # fmt: skip
 
 
@@ -372,6 +417,8 @@ def read_plan(path: Any, config: dict[str, Any], positions: int | None = None) -
     family = fields.choice("model_type", {name: name for name in FAMILIES})
     plan = FAMILIES[family](fields, positions)
     fields.end()
+    if plan.mixture is not None and plan.mixture.top_k > plan.mixture.experts:
+        fields.refuse(f"num_experts_per_tok {plan.mixture.top_k} is more than the {plan.mixture.experts} experts")
     config_ = plan.config
     if config_.heads % config_.kv_heads != 0 or config_.heads * config_.head_dim > _MOST:
         fields.refuse(f"{config_.heads} heads do not share {config_.kv_heads} of keys and values")
@@ -395,6 +442,21 @@ def build(
 ) -> DecoderModel:
     """The decoder, its weights packed one by one; ``progress`` is told each part that begins."""
     return _Builder(files, plan, weights, group).build(progress)
+
+
+class _Stack(Sequence[Tensor]):
+    """Tensors of one shape that are read when they are asked for."""
+
+    def __init__(self, builder: _Builder, names: list[str], shape: tuple[int, int]) -> None:
+        self._builder, self._names, self._shape = builder, names, shape
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, i: Any) -> Any:
+        if i > 0:
+            self._builder.files.release(self._names[i - 1])
+        return self._builder._read(self._names[i], self._shape)
 
 
 class _Builder:
@@ -442,8 +504,11 @@ class _Builder:
             "up": {"outputs": plan.intermediate, "inputs": config.width},
             "down": {"outputs": config.width, "inputs": plan.intermediate},
         }
-        parts: dict[str, Any] = {}
+        mixed = plan.mixture is not None and i in plan.mixture.layers
+        parts: dict[str, Any] = {"experts": self._experts(plan.mixture, at)} if mixed and plan.mixture else {}
         for role, names in plan.parts.items():
+            if mixed and role in ("up", "down"):
+                continue
             if role in sizes:
                 full = tuple(at + name for name in ([names] if isinstance(names, str) else names))
                 parts[role] = self._linear(full, sizes[role], role in plan.biases, role=role)
@@ -454,6 +519,26 @@ class _Builder:
                 parts[role] = self._norm(f"{at}{names}", width).weight
         rope = plan.ropes[i] if plan.ropes else None
         return Layer(**parts, rope=rope, window=plan.windows[i] if plan.windows else None)
+
+    def _experts(self, mixture: Mixture, at: str) -> Experts:
+        """Packed one after the other, as their tensors are read."""
+        width, inner = self.plan.config.width, mixture.intermediate
+        one = f"{at}{mixture.name}.experts."
+        router = self._read(f"{at}{mixture.name}.gate.weight", (mixture.experts, width))
+
+        def stack(name: str, shape: tuple[int, int]) -> _Stack:
+            return _Stack(self, [f"{one}{i}.{name}.weight" for i in range(mixture.experts)], shape)
+
+        gate, up = stack(mixture.gate, (inner, width)), stack(mixture.up, (inner, width))
+        try:
+            packed = (
+                pack_experts(gate, up, **self.packing),
+                pack_experts(stack(mixture.down, (width, inner)), **self.packing),
+            )
+        except ValueError as error:
+            refuse(self.files.path, f"experts of {at}{mixture.name}: {error}")
+        format: WeightFormat = "float32" if self.dtype == torch.float32 else "bfloat16"
+        return Experts(pack_linear(router, format=format), *packed, mixture.top_k, mixture.normalise)
 
     def _norm(self, name: str, width: int) -> Norm:
         weight = self._read(f"{name}.weight", (width,)).float() + self.plan.offset

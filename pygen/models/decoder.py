@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from pygen.ops.cache_append import cache_append
+from pygen.ops.combine_experts import combine_experts
 from pygen.ops.decode_attention import decode_attention
 from pygen.ops.embedding import embedding
 from pygen.ops.linear_decode import Activation, linear_decode
 from pygen.ops.packed_linear import PackedLinear
+from pygen.ops.route_experts import route_experts
 from pygen.ops.row_norm import rms_norm
 
 QUERIES = 16  # that decode_attention takes at once
@@ -32,6 +34,19 @@ class Linear(NamedTuple):
     bias: Tensor | None = None
 
 
+class Experts(NamedTuple):
+    """A mixture of experts in the place of an MLP: stacks of their layers, of which each token goes through ``top_k``.
+
+    normalise: whether the weights of those chosen are divided by their sum.
+    """
+
+    router: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
+    top_k: int
+    normalise: bool
+
+
 @dataclass(frozen=True)
 class Layer:
     """The weights of one layer.
@@ -39,15 +54,16 @@ class Layer:
     qkv: the projections to queries, keys and values, in this order. up: gated, in most families.
     query_norm, key_norm: of each head (Qwen3, Gemma 3). after_attention, after_mlp: RMSNorms of what a block gives,
     before it is added to the residual stream (Gemma). rope: a table as ``rope_table`` makes it. window: how many
-    positions a token sees, its own included.
+    positions a token sees, its own included. experts: where the layer has no up and down.
     """
 
     attention_norm: Norm
     qkv: Linear
     merge: Linear
     mlp_norm: Norm
-    up: Linear
-    down: Linear
+    up: Linear | None = None
+    down: Linear | None = None
+    experts: Experts | None = None
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
     after_attention: Tensor | None = None
@@ -129,9 +145,7 @@ class DecoderModel:
         for layer, kv in zip(self.layers, cache, strict=True):
             y = self._attend(layer, x, (batch, length), lengths, block_table, kv)
             attended = self._add(x, y, layer.merge, layer.after_attention)
-            before = x if config.parallel else attended
-            y = linear_decode(before, *layer.up, **self._normed(layer.mlp_norm), activation=config.activation)
-            x = self._add(attended, y, layer.down, layer.after_mlp)
+            x = self._mlp(layer, x if config.parallel else attended, attended)
         return x
 
     def project(self, x: Tensor) -> Tensor:
@@ -167,6 +181,22 @@ class DecoderModel:
                 scale=config.scale, soft_cap=config.attention_soft_cap, out=out[:, :, begin:end], **scales,
             )  # fmt: skip
         return out.transpose(1, 2).view(shape[0] * length, -1)
+
+    def _mlp(self, layer: Layer, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + mlp(norm(x))."""
+        normed, activation = self._normed(layer.mlp_norm), self.config.activation
+        if layer.up is not None and layer.down is not None:
+            y = linear_decode(x, *layer.up, **normed, activation=activation)
+            return self._add(residual, y, layer.down, layer.after_mlp)
+        assert layer.experts is not None
+        router, up, down, top_k, normalise = layer.experts
+        experts, weights = route_experts(linear_decode(x, router, **normed), top_k, normalise=normalise)
+        y = linear_decode(x, up, **normed, activation=activation, experts=experts)
+        shares = torch.empty(
+            *experts.shape, down.outputs, device=x.device
+        )  # float32: rounded once, when they are added
+        linear_decode(y, down, experts=experts, out=shares)
+        return combine_experts(shares, weights, residual=residual)
 
     def _add(self, x: Tensor, y: Tensor, linear: Linear, norm: Tensor | None) -> Tensor:
         """x + norm(linear(y))."""

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from pygen import _C  # noqa: F401  (registers the operator)
 from pygen.ops.backend import use_reference
-from pygen.ops.packed_linear import FORMATS, PackedLinear, pack_linear
+from pygen.ops.packed_linear import FORMATS, PackedLinear, pack_experts, pack_linear
 from pygen.ops.spec import Example, OpSpec, tensor_bytes
 
 _BACKENDS = ("reference", "cpu", "cuda")
@@ -37,6 +37,7 @@ def linear_decode(
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
     soft_cap: float | None = None,
+    experts: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """activation(norm(x) W^T + bias) + residual; where the weight is gated, activation(gate) * up + residual.
@@ -47,9 +48,13 @@ def linear_decode(
 
     On a GPU sums have another order than on a CPU. Rows are computed eight at a time: each eight read the weight.
 
+    With ``experts``, a mixture of experts (Shazeer et al. 2017): the weight is a stack of layers, of which each row
+    goes through those it chose. Those that no row chose are not read, and rows of one expert share the reading of it.
+
     Args:
-        x: (..., inputs), float32, bfloat16 or float16, of any strides.
-        weight: as ``pack_linear`` makes it.
+        x: (..., inputs), float32, bfloat16 or float16, of any strides. With experts, (..., inputs), each row going
+            through all of its choices, or (..., choices, inputs), each of which has a row of its own.
+        weight: as ``pack_linear`` makes it, or with experts as ``pack_experts`` does.
         bias: (outputs,), or (2 outputs,), the gate's first; in x's dtype or float32.
         residual: (..., outputs), in x's dtype.
         activation: "none", "silu", "gelu" or "gelu_tanh".
@@ -58,24 +63,29 @@ def linear_decode(
         eps: added to the mean square, or the variance.
         soft_cap: y becomes soft_cap * tanh(y / soft_cap), after the bias and before the residual (Gemma 2's logits); of
             a layer without activation and gate.
-        out: (..., outputs), in x's dtype; may be ``residual``. New where left out.
+        experts: int64 (..., choices), contiguous, read through a pointer, as ``route_experts`` makes them; without
+            bias. One that there is not counts as a layer of zeros on a GPU, and in a program that is replayed.
+        out: (..., outputs), or with experts (..., choices, outputs), in x's dtype or float32, which from halves
+            takes int8 and int4 twice the products; may be ``residual``. New, in x's dtype, where left out.
 
     Returns:
         ``out``.
 
     Raises:
         ValueError, TypeError: naming the argument.
+        IndexError: where the host can read them, on an expert that there is not.
     """
     if out is None:
-        out = x.new_empty(*x.shape[:-1], weight.outputs)
+        out = x.new_empty(*(x.shape[:-1] if experts is None else experts.shape), weight.outputs)
     if use_reference("linear_decode", _BACKENDS, x.device):
-        arguments = (x, weight, bias, residual, activation, norm, norm_weight, norm_bias, eps, soft_cap)
-        return out.copy_(linear_decode_reference(*arguments)[0])
+        arguments = (x, weight, bias, residual, activation, norm, norm_weight, norm_bias, eps, soft_cap, experts)
+        return out.copy_(linear_decode_reference(*arguments).view(out.shape))
     rows, to = x, out
-    if x.dim() > 2:
+    if x.dim() > 2 or experts is not None:
         rows, to = x.flatten(0, -2), out.view(-1, out.shape[-1])
         residual = None if residual is None else residual.flatten(0, -2)
-    _kernel(rows, *weight, bias, residual, activation, norm, norm_weight, norm_bias, eps, soft_cap, to)
+        experts = None if experts is None else experts.flatten(0, -2)
+    _kernel(rows, *weight, bias, residual, activation, norm, norm_weight, norm_bias, eps, soft_cap, experts, to)
     return out
 
 
@@ -90,7 +100,9 @@ def linear_decode_reference(
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
     soft_cap: float | None = None,
-) -> tuple[Tensor]:
+    experts: Tensor | None = None,
+) -> Tensor:
+    """In the dtype of its arithmetic."""
     compute = torch.promote_types(x.dtype, torch.float32)
     bias, residual, norm_weight, norm_bias = (
         None if tensor is None else tensor.to(compute) for tensor in (bias, residual, norm_weight, norm_bias)
@@ -101,7 +113,11 @@ def linear_decode_reference(
     elif norm == "rms":
         row = functional.rms_norm(row, row.shape[-1:], norm_weight, eps)
         row = row if norm_bias is None else row + norm_bias
-    y = functional.linear(row, weight.unpack(compute), bias)
+    if experts is None:
+        y = functional.linear(row, weight.unpack(compute), bias)
+    else:
+        row = row if row.dim() > experts.dim() else row[..., None, :]
+        y = (weight.unpack(compute)[experts] @ row[..., None])[..., 0]
     y, *up = y.chunk(2, dim=-1) if weight.gated else (y,)
     if activation == "silu":
         y = functional.silu(y)
@@ -110,7 +126,7 @@ def linear_decode_reference(
     y = y * up[0] if up else y
     if soft_cap is not None:
         y = soft_cap * torch.tanh(y / soft_cap)
-    return ((y if residual is None else y + residual).to(x.dtype),)
+    return y if residual is None else y + residual.reshape(y.shape)
 
 
 _kernel = torch.ops.pygen.linear_decode.default
@@ -136,19 +152,23 @@ def _example(name: str, x: Tensor, weight: PackedLinear, **more: Any) -> Example
     arguments: dict[str, Any] = {"x": x} | weight._asdict()
     arguments["weight"] = arguments.pop("data")
     arguments |= {"bias": None, "residual": None, "activation": "none", "norm": "none"}
-    arguments |= {"norm_weight": None, "norm_bias": None, "eps": 1e-6, "soft_cap": None}
-    out = torch.full((x.shape[0], weight.outputs), math.nan, dtype=x.dtype)
+    arguments |= {"norm_weight": None, "norm_bias": None, "eps": 1e-6, "soft_cap": None, "experts": None}
+    rows = more["experts"].numel() if "experts" in more else x.shape[0]
+    out = torch.full((rows, weight.outputs), math.nan, dtype=more.pop("to", x.dtype))
     return Example(name, arguments | {"out": out} | more)
 
 
-def _weights(draw: Callable[..., Tensor], outputs: int, inputs: int, gated: bool = False) -> Iterator[tuple[str, Any]]:
-    """The same weight in every format."""
-    weight, up = draw(outputs, inputs), draw(outputs, inputs) if gated else None
+def _weights(
+    draw: Callable[..., Tensor], outputs: int, inputs: int, gated: bool = False, experts: int = 0
+) -> Iterator[tuple[str, Any]]:
+    """The same weight in every format; a stack where there are experts."""
+    size = (experts, outputs, inputs) if experts else (outputs, inputs)
+    weight, up, pack = draw(*size), draw(*size) if gated else None, pack_experts if experts else pack_linear
     for format in FORMATS:
         for group in (0, 32, 64, 128) if format in ("int8", "int4") else (None,):
             for symmetric in (True, False) if group is not None else (True,):
                 name = f"{format}, groups of {group}{'' if symmetric else ', zeros'}" if group is not None else format
-                yield name, pack_linear(weight, up, format=format, group=group, symmetric=symmetric)
+                yield name, pack(weight, up, format=format, group=group, symmetric=symmetric)
 
 
 def _examples(dtype: torch.dtype) -> Iterator[Example]:
@@ -177,7 +197,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         yield _example(f"zeros, {name}", torch.zeros(2, 160, dtype=dtype), weight)
     for gated in (False, True):
         for name, weight in _weights(draw, 45, 96, gated):
-            more = {"bias": draw(45 * (1 + gated)).to(dtype), "residual": x(24, 45)}
+            more: dict[str, Any] = {"bias": draw(45 * (1 + gated)).to(dtype), "residual": x(24, 45)}
             for activation in ("none", "silu", "gelu", "gelu_tanh"):
                 name = f"{activation}{', gated' if gated else ''}, {weight.format}"
                 yield _example(name, x(24, 96), weight, activation=activation, **more)
@@ -189,9 +209,22 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         capped = {"bias": draw(40), "residual": x(24, 40)}
         for cap in (0.5, 30.0):
             yield _example(f"soft cap of {cap}, {name}", x(24, 200), weight, soft_cap=cap, **capped)
+    for gated in (False, True):
+        for count, outputs, inputs, sizes in ((3, 16, 40, ((1, 2), (7, 3), (70, 2))), (2, 34, 24, ((24, 1),))):
+            for name, weight in _weights(draw, outputs, inputs, gated, experts=count):
+                name = f"experts{', gated' if gated else ''}, {name}"
+                for rows, choices in sizes:
+                    chosen = torch.stack([torch.randperm(count, generator=generator)[:choices] for _ in range(rows)])
+                    more = {"experts": chosen, "activation": "silu", "residual": x(rows * choices, outputs)}
+                    yield _example(name, x(rows, inputs), weight, **more)
+                    own = {"experts": chosen.view(-1, 1), "to": torch.float32}
+                    yield _example(f"{name}, a row to each", x(rows * choices, inputs), weight, **own)
+                alike = torch.full((24, 1), count - 1)
+                yield _example(f"{name}, all alike", x(24, inputs), weight, experts=alike, norm="rms")
     layer = pack_linear(draw(64, 256), format="bfloat16")
     yield _example("latents", x(24, 256), layer)
     out = x(24, 64)
+    yield _example("into float32", x(24, 256), layer, to=torch.float32)
     yield _example("in place", x(24, 256), layer, residual=out, out=out)
     yield _example("no rows", x(0, 256), layer)
     for name, weight in _weights(draw, 40, 200):
@@ -208,19 +241,28 @@ def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
         x = torch.randn(1, inputs, generator=generator).to(dtype)
         for format in FORMATS:
             yield _example(f"{outputs}x{inputs}, {format}", x, pack_linear(weight, format=format))
+    stack = torch.randn(8, 4096, 1024, generator=generator) / 32
+    x, chosen = torch.randn(1, 1024, generator=generator).to(dtype), torch.tensor([[6, 1]])
+    for format in FORMATS:
+        yield _example(f"2 of 8 of 4096x1024, {format}", x, pack_experts(stack, format=format), experts=chosen)
+
+
+def _bytes_moved(example: Example) -> int:
+    """Of a stack of layers, those that rows go through."""
+    weight, experts = example.arguments["weight"], example.arguments["experts"]
+    read = weight if experts is None else weight[: len(experts.unique())]
+    return tensor_bytes(read, *(example.arguments[name] for name in ("x", "bias", "residual", "out")))
 
 
 SPEC = OpSpec(
     name="linear_decode",
     function=_flat(linear_decode),
-    reference=_flat(lambda out, **arguments: linear_decode_reference(**arguments)),
+    reference=_flat(lambda out, **arguments: (linear_decode_reference(**arguments).to(out.dtype).view(out.shape),)),
     operator=_kernel,
     outputs=("out",),
     backends=_BACKENDS,
     examples=_examples,
-    bytes_moved=lambda example: tensor_bytes(
-        *(example.arguments[name] for name in ("x", "weight", "bias", "residual", "out"))
-    ),
+    bytes_moved=_bytes_moved,
     flops=lambda example: 2 * example.arguments["inputs"] * example.arguments["out"].numel(),
     benchmarks=_benchmarks,
     bits_on_gpu=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class PackedLinear(NamedTuple):
     """A weight as ``pack_linear`` makes it. ``data`` may be moved to another device by ``_replace``; the rest says what
     its bytes mean.
 
-    data: uint8 (panels, bytes of a panel).
+    data: uint8 (panels, bytes of a panel); of a stack of layers (experts, panels, bytes of a panel).
     outputs, inputs: of the layer; of a gated one, ``outputs`` is that of the gate and of the up projection each.
     group: inputs that share a scale, the padding of K included; 0 unless quantised.
     zeros: whether the codes' zeros are stored; the middle of their range where not.
@@ -40,10 +41,15 @@ class PackedLinear(NamedTuple):
 
     def clone(self) -> PackedLinear:
         """A copy that, like ``pack_linear``'s, lies in large pages: ``data.clone()`` would not."""
-        return self._replace(data=in_large_pages(self.data.clone()))
+        return self._replace(data=in_large_pages(self.data))
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The (dequantised) weight in ``dtype``: (outputs, inputs), or (2 outputs, inputs), the gate's rows first."""
+        """The (dequantised) weight in ``dtype``: (outputs, inputs), or (2 outputs, inputs), the gate's rows first.
+
+        Of a stack of layers, one behind the other: (experts, ...).
+        """
+        if self.data.dim() == 3:
+            return torch.stack([self._replace(data=layer).unpack(dtype) for layer in self.data])
         panels = self.data.shape[0]
         if self.group == 0:
             stored = getattr(torch, self.format)
@@ -127,6 +133,47 @@ def pack_linear(
     return PackedLinear(data, outputs, inputs, format, group, not symmetric, up is not None)
 
 
+def pack_experts(
+    weights: Sequence[Tensor] | Tensor,
+    ups: Sequence[Tensor] | Tensor | None = None,
+    *,
+    format: WeightFormat = "bfloat16",
+    group: int | None = None,
+    symmetric: bool = True,
+) -> PackedLinear:
+    """Packs layers of one shape, as a mixture of experts has them, for ``linear_decode``'s ``experts``.
+
+    They are packed one after the other: a sequence that reads its tensors when they are asked for is never held whole.
+
+    Args:
+        weights: of each expert, as ``pack_linear`` takes it; or one tensor (experts, outputs, inputs).
+        ups: likewise, of gated layers.
+        format, group, symmetric: as ``pack_linear`` takes them.
+
+    Returns:
+        A ``PackedLinear`` whose data is (experts, panels, bytes of a panel).
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if len(weights) == 0 or (ups is not None and len(ups) != len(weights)):
+        count = "none" if ups is None else len(ups)
+        raise ValueError(f"pack_experts: weights must be one or more, and ups as many, got {len(weights)} and {count}")
+    stack: PackedLinear | None = None
+    for i in range(len(weights)):
+        layer = pack_linear(
+            weights[i], None if ups is None else ups[i], format=format, group=group, symmetric=symmetric
+        )
+        if stack is None:
+            shape = (len(weights), *layer.data.shape)
+            stack = layer._replace(data=_empty_in_large_pages(shape, layer.data.device))
+        if layer._replace(data=stack.data) != stack or layer.data.shape != stack.data.shape[1:]:
+            raise ValueError(f"pack_experts: weights must have one shape, got {list(weights[i].shape)} as number {i}")
+        stack.data[i] = layer.data
+    assert stack is not None
+    return stack
+
+
 def _quantise(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, ...]:
     """Codes, scales (as they are in bfloat16) and, unless symmetric, zeros, of (..., group)."""
     most = (1 << bits) - 1
@@ -147,15 +194,18 @@ def _quantise(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, ...]:
 
 
 def in_large_pages(data: Tensor) -> Tensor:
-    """The same, where the kernel was asked for pages of 2 MB: a core streams those a tenth faster."""
-    if data.device.type != "cpu" or data.numel() < 4 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return data
-    copy = torch.empty_like(data)
-    first = -(-copy.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (copy.data_ptr() + copy.numel() - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    advise = ctypes.CDLL(None).madvise  # which may refuse: it is advice
-    advise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
-    return copy.copy_(data)
+    """A copy in pages of 2 MB, where the kernel grants them: a core streams those a tenth faster."""
+    return _empty_in_large_pages(data.shape, data.device).copy_(data)
+
+
+def _empty_in_large_pages(shape: Sequence[int], device: torch.device) -> Tensor:
+    data = torch.empty(shape, dtype=torch.uint8, device=device)
+    if device.type == "cpu" and data.numel() >= 4 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
+        first = -(-data.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (data.data_ptr() + data.numel() - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        advise = ctypes.CDLL(None).madvise  # which may refuse: it is advice
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
+    return data
 
 
 def _pad(tensor: Tensor, dim: int, multiple: int) -> Tensor:

@@ -1,4 +1,5 @@
 // Runs the step kernels over buffers that end where their last element does, for the sanitizers to watch.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -7,6 +8,7 @@
 #include "pygen/affine_step.h"
 #include "pygen/diffusion_loss.h"
 #include "pygen/dynamic_threshold.h"
+#include "pygen/embedding.h"
 #include "pygen/linear_decode.h"
 #include "pygen/philox_normal.h"
 #include "pygen/sample_gram.h"
@@ -135,23 +137,40 @@ void gram(int64_t samples, int64_t elements, int64_t stride, DType dtype) {
   cuda::sample_gram(args, nullptr);
 }
 
-void linear(int64_t rows, WeightFormat format, int64_t group, bool zeros, bool gated) {
+// With experts, of which rows name some that there are not; few enough for the threads that ThreadSanitizer takes.
+void linear(int64_t rows, WeightFormat format, int64_t group, bool zeros, bool gated, int64_t experts = 0) {
   constexpr int64_t kInputs = 200, kOutputs = 40;
   LinearDecodeArgs args{};
   args.weight = {nullptr, kOutputs, kInputs, format, gated, zeros, group};
-  std::vector<char> weight(args.weight.panels() * args.weight.panel_bytes(), 1);
+  std::vector<char> weight(std::max<int64_t>(1, experts) * args.weight.panels() * args.weight.panel_bytes(), 1);
   args.weight.data = weight.data();
-  args.rows = rows;
-  const Buffer x(1, rows, kInputs, 1, DType::kFloat16), out(1, rows, kOutputs, 3, DType::kFloat16);
+  args.rows = rows, args.choices = experts > 0 && rows % 3 == 0 ? 3 : 1;
+  std::vector<int64_t> chosen(rows);
+  for (int64_t row = 0; row < rows; ++row) chosen[row] = row % (experts + 2) - 1;
+  if (experts > 0) args.experts = chosen.data(), args.expert_count = experts;
+  const Buffer x(1, rows / args.choices, kInputs, 1, DType::kFloat16), out(1, rows, kOutputs, 3, DType::kFloat16);
   const Buffer bias(1, 1, 2 * kOutputs, 1, DType::kFloat32);
   args.x = {x.operand.data, {kInputs, 1}, DType::kFloat16};
   args.out = args.residual = {out.operand.data, {kOutputs * 3, 3}, DType::kFloat16};
-  args.bias = {bias.operand.data, {1}, DType::kFloat32};
+  if (experts == 0) args.bias = {bias.operand.data, {1}, DType::kFloat32};
   args.norm = LinearNorm::kLayer;
   args.activated = true;
   std::vector<char> scratch(cuda::linear_decode_workspace(args));
   args.scratch = scratch.data();
   cuda::linear_decode(args, nullptr);
+}
+
+// What no row has is not read.
+bool makes_zeros(int64_t token, int64_t position) {
+  float weight[3 * 9], learned[2 * 9], out[9];
+  std::fill_n(weight, 3 * 9, 1.0f), std::fill_n(learned, 2 * 9, 1.0f);
+  EmbeddingArgs args{};
+  args.batch = args.length = 1, args.width = 9, args.scale = 1.0f;
+  args.tokens = &token, args.positions.data = &position;
+  args.weight = {weight, 9, 3}, args.position_weight = {learned, 9, 2};
+  args.weight_dtype = DType::kFloat32, args.out = {out, {9, 9}, DType::kFloat32};
+  cuda::embedding(args, nullptr);
+  return std::count(out, out + 9, 0.0f) == 9;
 }
 
 // Where no host could check a launch before it ran: a row beyond the table, or one that reads what is absent.
@@ -215,14 +234,18 @@ int main() {
   for (const int64_t rows : {1, 3, 9}) {
     for (const WeightFormat format : {WeightFormat::kFloat32, WeightFormat::kBFloat16}) {
       linear(rows, format, 0, false, rows == 3), ++cases;
+      if (rows < 9) linear(rows, format, 0, false, rows == 1, 2), ++cases;
     }
     for (const int64_t group : {32, 64, 128, 200}) {
       linear(rows, WeightFormat::kInt8, group, rows == 1, rows == 3), ++cases;
       linear(rows, WeightFormat::kInt4, group, rows == 9, rows == 1), ++cases;
+      if (rows < 9) linear(rows, WeightFormat::kInt4, group, rows == 3, rows == 1, 4), ++cases;
     }
   }
   std::printf("%d launches\n", cases);
   const bool poisoned = makes_nan(1, false) && makes_nan(-1, false) && makes_nan(0, true) && !makes_nan(0, false) &&
-                        loses_nan(1, 0.0) && loses_nan(-1, 0.0) && loses_nan(0, 1.0) && !loses_nan(0, 0.0);
+                        makes_zeros(3, 0) && makes_zeros(-1, 0) && makes_zeros(0, 2) && makes_zeros(0, -1) &&
+                        makes_zeros(int64_t{1} << 62, 0) && !makes_zeros(2, 1) && loses_nan(1, 0.0) &&
+                        loses_nan(-1, 0.0) && loses_nan(0, 1.0) && !loses_nan(0, 0.0);
   return poisoned ? 0 : 1;
 }

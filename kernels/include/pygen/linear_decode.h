@@ -5,10 +5,11 @@
 //   - float32 weights, and bfloat16 ones unless x is bfloat16: floats.
 //   - bfloat16 weights and x: bfloat16, after the norm. Of each two products the second is added first, each with one
 //     rounding, as the CPU's BF16 dot product does it.
-//   - codes: whole numbers times a power of two, which a chunk of up to 128 inputs has in common; of 16 bits where x is
-//     a half, which leaves it off by at most 2^-15 of the chunk's largest, of 31 where x is float32. Their products
-//     with the codes add up without rounding, so that a chunk is rounded once. What is not finite is left out and
-//     multiplied as floats.
+//   - codes: whole numbers times a power of two, which a chunk of up to 128 inputs has in common; of 16 bits where x
+//   and
+//     out are halves, which leaves x off by at most 2^-15 of the chunk's largest, else of 31. Their products with the
+//     codes add up without rounding, so that a chunk is rounded once. What is not finite is left out and multiplied as
+//     floats.
 #pragma once
 
 #include "pygen/gated_unit.h"
@@ -20,8 +21,11 @@ namespace pygen {
 enum class LinearNorm : int32_t { kNone, kRms, kLayer };
 
 struct LinearDecodeArgs {
-  PackedLinear weight;
-  int64_t rows;
+  PackedLinear weight;  // or a stack of expert_count of them, one behind the other
+  int64_t rows;         // of out; row r is made of row r / choices of x
+  int64_t choices;      // 1 without experts
+  int64_t expert_count;
+  const int64_t* experts;          // of each row of out; null where there is one layer
   Operand x;                       // strides of rows, inputs
   Operand residual, out;           // strides of rows, outputs; of x's dtype
   Operand bias;                    // stride of outputs: those of a gate, then those of its up projection
@@ -31,7 +35,7 @@ struct LinearDecodeArgs {
   Activation activation;
   float soft_cap;  // 0: none
   double eps;
-  char* scratch;  // 64-byte aligned: rows * LinearRow(args).bytes; on a GPU, linear_decode_workspace(args)
+  char* scratch;  // 64-byte aligned: linear_decode_scratch(args); on a GPU, linear_decode_workspace(args)
 };
 
 // A chunk of a row against codes: x = scale * (2^15 upper + lower), or scale * upper.
@@ -40,6 +44,11 @@ struct LinearChunk {
   int32_t start[2];  // the upper words' sum times minus the codes' middle, and the lower ones'
   int32_t special;   // whether the chunk holds numbers that are not finite
 };
+
+// How many words of 16 bits an input has against codes.
+constexpr int linear_words(const LinearDecodeArgs& args) {
+  return args.x.dtype == DType::kFloat32 || args.out.dtype == DType::kFloat32 ? 2 : 1;
+}
 
 // A row in the scratch memory: floats; then the upper words of all inputs, and the lower ones; then chunks.
 struct LinearRow {
@@ -53,7 +62,7 @@ struct LinearRow {
   constexpr explicit LinearRow(const LinearDecodeArgs& args) {
     const PackedLinear& weight = args.weight;
     const bool pairs = weight.format == WeightFormat::kBFloat16 && args.x.dtype == DType::kBFloat16;
-    words = weight.quantised() ? (args.x.dtype == DType::kFloat32 ? 2 : 1) : pairs;
+    words = weight.quantised() ? linear_words(args) : pairs;
     chunk = weight.quantised() && weight.group < kChunk ? weight.group : kChunk;
     chunks = (weight.padded_inputs() + chunk - 1) / chunk;
     inputs = (weight.padded_inputs() + kChunk - 1) / kChunk * kChunk;
@@ -63,9 +72,32 @@ struct LinearRow {
   }
 };
 
-// Over rows: what the products take of them, into the scratch memory.
+// The rows of out by their expert, so that those of one share the reading of its weight: in the scratch memory, behind
+// the rows of x. An expert that there is not has the number expert_count, and weights of 0.
+struct ExpertRows {
+  int64_t *used, *experts;  // how many experts have rows, and which
+  int64_t* first;           // expert e has rows[first[e]] to rows[first[e + 1] - 1]
+  int64_t* rows;
+
+  explicit ExpertRows(const LinearDecodeArgs& args)
+      : used(reinterpret_cast<int64_t*>(args.scratch + args.rows / args.choices * LinearRow(args).bytes)),
+        experts(used + 1),
+        first(experts + args.expert_count + 1),
+        rows(first + args.expert_count + 3) {}
+  static constexpr int64_t bytes(const LinearDecodeArgs& args) {
+    return int64_t{sizeof(int64_t)} * (2 * args.expert_count + 5 + args.rows);
+  }
+};
+
+constexpr int64_t linear_decode_scratch(const LinearDecodeArgs& args) {
+  return args.rows / args.choices * LinearRow(args).bytes + (args.experts == nullptr ? 0 : ExpertRows::bytes(args));
+}
+
+// Over rows of x: what the products take of them, into the scratch memory.
 PYGEN_CPU_KERNEL(linear_decode_rows, LinearDecodeArgs)
-// Over panels.
+// Over [0, 1), where there are experts: the ExpertRows.
+PYGEN_CPU_KERNEL(linear_decode_experts, LinearDecodeArgs)
+// Over panels; with experts, over those of all that are used.
 PYGEN_CPU_KERNEL(linear_decode, LinearDecodeArgs)
 
 namespace cuda {

@@ -11,7 +11,10 @@ from bench.measure import Call
 from tests.error_rule import Triple, assert_error_rule
 
 # In the table's order. "reference" is the float64 truth, "pygen..." are ours, all others are peers.
-COLUMNS = ("reference", "eager", "torch.compile", "diffusers", "pygen", "pygen, Philox", "pygen, out=")
+COLUMNS = (
+    "reference", "eager", "torch.compile", "diffusers", "transformers", "llama.cpp",
+    "pygen", "pygen, Philox", "pygen, out=", "pygen, alone",
+)  # fmt: skip
 
 
 @dataclass
@@ -25,6 +28,8 @@ class Work:
     results: Callable[[], Iterable[Triple]]
     stream: Call | None = None  # moves as many bytes; a copy at the same working set where left out
     data_in: str = ""  # where a call finds its data; in the caches, by their sizes, where left out
+    tokens: int = 0  # that a call makes, where that is what counts
+    remark: Callable[[], str] = str  # what is to be said of results that are right
 
     def red(self) -> str | None:
         """Why no time may be shown, or None."""

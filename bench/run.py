@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import pygen
-from bench import decode, drop_ins, ops, steps
+from bench import decode, decoder, drop_ins, ops, steps
 from bench.cases import COLUMNS, Case
 from bench.measure import Spread, cache_state, copy_call, interleaved, matmul_rate
 from pygen import _C
@@ -29,6 +29,7 @@ from pygen import _C
 SUITES: dict[str, Callable[[bool], list[Case]]] = {
     "steps": lambda quick: [*steps.cases(quick), *drop_ins.cases(quick)],
     "decode": decode.cases,
+    "decoder": decoder.cases,
     "ops": ops.cases,
 }
 NOTES = """\
@@ -39,7 +40,9 @@ few. torch.compile: of eager, blank where that has a graph
 break; beside a drop-in, of what its row draws and computes in the middle of a run (scheduler.step itself is not
 compiled: its state breaks the graph). Drop-ins: scheduler.step alone, in the order of a run. Floor: a copy of as many
 bytes at the same working set (in the suite decode, where weights and caches are streamed, a sum over as many), or the
-flops at the rate of a matrix product, if that takes longer."""
+flops at the rate of a matrix product, if that takes longer. The suite decoder shows tokens per second: of transformers
+its model's forward and argmax, of llama.cpp llama_decode and its greedy sampler; "alone" is one sequence that makes
+what a batch makes."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Result:
     matmul_rate: float  # flop/s in this dtype, where there are flops
     floor: float
     times: dict[str, Spread]
+    tokens: int = 0
+    remark: str = ""
 
     @property
     def best(self) -> float:
@@ -73,20 +78,22 @@ def measure(cases: Iterable[Case], quick: bool) -> list[Result]:
     """The correct ones of the cases, timed; quick spends a tenth of the time and compiles nothing."""
     seconds = 0.1 if quick else 1.0
     rate = cache(lambda dtype: matmul_rate(dtype, seconds))
-    results = []
-    for case in cases:
-        work = case.prepare()
-        red, times, floor = work.red(), {}, 0.0
-        product = rate(work.dtype) if work.flops else 0.0
-        if red is None:
-            calls = work.calls | {"stream": work.stream or copy_call(work.bytes_moved)}
-            if quick or not work.compiles():
-                calls.pop("torch.compile", None)
-            times = interleaved(calls, seconds)
-            floor = max(times["stream"].median, work.flops / product if product else 0.0)
-        facts = (work.data_in or cache_state(work.bytes_moved), str(work.dtype)[6:], work.bytes_moved, work.flops)
-        results.append(Result(case.suite, case.part, case.name, *facts, red, product, floor, times))
-    return results
+    return [_measured(case, rate, seconds, quick) for case in cases]
+
+
+def _measured(case: Case, rate: Callable[[torch.dtype], float], seconds: float, quick: bool) -> Result:
+    work = case.prepare()
+    red, times, floor, remark = work.red(), {}, 0.0, ""
+    product = rate(work.dtype) if work.flops else 0.0
+    if red is None:
+        calls = work.calls | {"stream": work.stream or copy_call(work.bytes_moved)}
+        if quick or not work.compiles():
+            calls.pop("torch.compile", None)
+        remark, times = work.remark(), interleaved(calls, seconds)
+        floor = max(times["stream"].median, work.flops / product if product else 0.0)
+    facts = (work.data_in or cache_state(work.bytes_moved), str(work.dtype)[6:], work.bytes_moved, work.flops)
+    rest = (red, product, floor, times, work.tokens, remark)
+    return Result(case.suite, case.part, case.name, *facts, *rest)
 
 
 def environment(quick: bool) -> dict[str, Any]:
@@ -123,8 +130,8 @@ def table(title: str, results: list[Result], old: Old | None) -> Table:
         lines.add_row(
             result.name,
             result.data_in,
-            *(_micros(result.times[column]) if column in result.times else "" for column in columns),
-            f"{result.floor * 1e6:.1f}",
+            *(_shown(result.times[column], result.tokens) if column in result.times else "" for column in columns),
+            f"{result.tokens / result.floor:.1f}" if result.tokens else f"{result.floor * 1e6:.1f}",
             f"{result.floor / best:.2f}",
             f"{peer / best:.1f}x" if peer else "",
             *([f"{before / best:.2f}"] if before else []),
@@ -132,8 +139,12 @@ def table(title: str, results: list[Result], old: Old | None) -> Table:
     return lines
 
 
-def _micros(spread: Spread) -> str:
-    median, half = spread.median * 1e6, (spread.high - spread.low) / 2 * 1e6
+def _shown(spread: Spread, tokens: int) -> str:
+    """Tokens per second where there are tokens, else microseconds."""
+    if tokens:
+        median, half = tokens / spread.median, (tokens / spread.low - tokens / spread.high) / 2
+    else:
+        median, half = spread.median * 1e6, (spread.high - spread.low) / 2 * 1e6
     return f"{median:.1f} ±{half:.1f}" if median < 100 else f"{median:.0f} ±{half:.0f}"
 
 
@@ -184,7 +195,7 @@ def main(
             mine = measure(progress.track(cases, description=suite), quick)
         for part, these in groupby(mine, key=lambda result: result.part):
             console.print(table(f"{suite}: {part}" if part else suite, list(these), old))
-        for line in (*drop_ins.verdicts(mine), *decode.verdicts(mine)):
+        for line in (*drop_ins.verdicts(mine), *decode.verdicts(mine), *decoder.verdicts(mine)):
             console.print(line, markup=False)
         results += mine
     console.print(NOTES + ("\nquick: a tenth of the time, few cases, torch.compile left out." if quick else ""))

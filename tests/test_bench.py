@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pygen
-from bench import drop_ins, gpu, run
+from bench import decoder, drop_ins, gpu, llama, run
 from bench.cases import Case, Work
 from bench.measure import LEAST_ROUNDS, Spread, interleaved
 from bench.steps import LARGE, SMALL, STEPS
@@ -67,6 +67,59 @@ def test_the_file_is_whole(folder, cases):
 def test_every_op_is_timed(cases):
     for name in SPECS:
         assert any(case.startswith(f"{name}, ") for case in cases)
+
+
+def test_a_decoder_is_timed_whole(cases):
+    assert {*cases} >= {case.name for case in decoder.cases(quick=True)}
+    alone, batch = cases["decode, tiny, bfloat16"], cases["batch of 8, tiny, bfloat16"]
+    assert {"pygen", "transformers"} <= alone["times"].keys()
+    assert {"pygen", "pygen, alone"} <= batch["times"].keys()
+    assert batch["tokens"] == 8 * batch["bytes_moved"] / alone["bytes_moved"] * alone["tokens"]
+    assert "of float64" in alone["remark"]
+    kinds = {column for column in cases["one token, tiny, int4 by 32"]["times"] if column.startswith("without ")}
+    for kind in ("embedding", "q, k, v, 2", "cache_append", "decode_attention", "merge, 2", "head", "sample_token"):
+        assert sum(column.startswith(f"without {kind}") for column in kinds) == 1
+
+
+def test_a_decoder_with_wrong_weights_is_red():
+    work = decoder.decode("tiny", "bfloat16", quick=True)
+    assert work.red() is None
+    these = decoder.Loaded("tiny", "bfloat16", quick=True)
+    these.model.head.weight.data.view(torch.bfloat16)[0, :32] *= 1.5
+    triples = these.check(these.ids[:1])
+    truth = decoder.Loaded("tiny", "bfloat16", quick=True).triples
+    wrong = [(ours, same, right) for (ours, _, _), (_, same, right) in zip(triples, truth, strict=True)]
+    work.results = lambda: wrong
+    assert "exceeds" in work.red()
+
+
+def test_the_decoders_verdicts():
+    def result(name: str, tokens: int, **seconds: float) -> run.Result:
+        times = {column.replace("_", " "): Spread(*[each] * 3) for column, each in seconds.items()}
+        facts = ("DRAM", "bfloat16", 64, 64, None, 1.0, 0.1, times, tokens, "as it should")
+        return run.Result("decoder", "125M", name, *facts)
+
+    seen = result("decode, 125M, bfloat16", 32, pygen=0.2, transformers=1.0)
+    assert [*decoder.verdicts([seen])] == [
+        "decode, 125M, bfloat16: as it should",
+        "decode, 125M, bfloat16: 5.0 times transformers' in bfloat16, the goal being 3",
+    ]
+    whole = result("one token, 125M, int4 by 32", 1, pygen=10e-6, program=8e-6, **{"without head": 3e-6})
+    assert [" ".join(line.split()) for line in decoder.verdicts([whole])] == [
+        "one token, 125M, int4 by 32: where 10 us go",
+        "head 5.0 us 50%",
+        "all else in the program 3.0 us 30%",
+        "Python between two programs 2.0 us 20%",
+    ]
+
+
+@pytest.mark.parametrize("code", [0, 1, -4])
+def test_llamas_extra_buffers_are_tried_by_a_child(monkeypatch, tmp_path, code):
+    monkeypatch.setattr(llama, "Llama", lambda path, threads, extra_buffers: extra_buffers)
+    monkeypatch.setattr(llama.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
+    used, how = llama.open_llama(tmp_path, 1)
+    assert used == (code == 0)
+    assert {0: "with its extra buffers", 1: "(exit status 1)", -4: "(SIGILL)"}[code] in how
 
 
 def test_the_roofline_is_a_picture(folder):
@@ -206,7 +259,7 @@ def test_a_file_that_cannot_be_compared(tmp_path, capsys, text):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["steps", "dance"], ["dance", "steps, decode, ops"]),
+        (["steps", "dance"], ["dance", "steps, decode, decoder, ops"]),
         (["--compare", "nowhere.json"], ["--compare", "nowhere.json", "No such file"]),
         (["--fail-slower", "1.5"], ["--compare"]),
         (["--fail-slower", "nan", "--compare", "x"], ["--fail-slower"]),

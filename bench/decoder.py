@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -26,13 +26,14 @@ from bench.decode import FORMATS, ROTATED, ROTATED_QUICK, reads
 from bench.llama import Llama, open_llama
 from bench.measure import Call
 from pygen.autoregressive.decode import _Step
-from pygen.models.decoder import DecoderModel, Layer
+from pygen.models.decoder import DecoderModel, Layer, Linear
 from pygen.testing.gguf_writer import TensorType, write_llama_gguf
 from tests.error_rule import Triple
 
 if TYPE_CHECKING:
     from bench.run import Result
 
+Part = TypeVar("Part")
 SIZES: dict[str, dict[str, int]] = {
     "125M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
              "intermediate_size": 2048, "vocab_size": 32000},
@@ -229,23 +230,23 @@ class Loaded:
 loaded = lru_cache(maxsize=1)(Loaded)
 
 
-def linears(layer: Layer) -> dict[str, Any]:
-    return {"q, k, v": layer.qkv, "merge": layer.merge, "gate and up": layer.up, "down": layer.down}
+def linears(layer: Layer) -> dict[str, Linear]:
+    return {"q, k, v": layer.qkv, "merge": layer.merge, "gate and up": given(layer.up), "down": given(layer.down)}
 
 
-def given(weight: Tensor | None) -> Tensor:
-    assert weight is not None
-    return weight
+def given(part: Part | None) -> Part:
+    assert part is not None
+    return part
 
 
 def unpacked(layer: Layer, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """A layer's weights by transformers' names."""
     q, k, v = layer.qkv.weight.unpack(dtype).split([heads * config.head_dim for heads in (
         config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)])  # fmt: skip
-    gate, up = layer.up.weight.unpack(dtype).chunk(2)
+    gate, up = given(layer.up).weight.unpack(dtype).chunk(2)
     return {
         "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "mlp.gate_proj": gate, "mlp.up_proj": up,
-        "self_attn.o_proj": layer.merge.weight.unpack(dtype), "mlp.down_proj": layer.down.weight.unpack(dtype),
+        "self_attn.o_proj": layer.merge.weight.unpack(dtype), "mlp.down_proj": given(layer.down).weight.unpack(dtype),
         "input_layernorm": given(layer.attention_norm.weight),
         "post_attention_layernorm": given(layer.mlp_norm.weight),
     }  # fmt: skip

@@ -25,7 +25,7 @@ from bench.cases import Case, Work
 from bench.decode import FORMATS, ROTATED, ROTATED_QUICK, reads
 from bench.llama import Llama, open_llama
 from bench.measure import Call
-from pygen.autoregressive.decode import _Step
+from pygen.autoregressive.step import Step
 from pygen.models.decoder import DecoderModel, Layer, Linear
 from pygen.testing.gguf_writer import TensorType, write_llama_gguf
 from tests.error_rule import Triple
@@ -395,10 +395,10 @@ def profile(size: str, name: str, quick: bool) -> Work:
 
     def program(left_out: str = "") -> tuple[Call, Counter[str]]:
         with Without(kinds, left_out) as mode:
-            step = _Step(model, decoder._pool, 1, decoder._pages)
-        for state in ("tokens", "first", "lengths", "block_table"):
+            step = Step([model], decoder._pool, 1, decoder._pages)
+        for state in ("tokens", "positions", "block_table"):
             getattr(step, state).copy_(getattr(live, state))
-        return step._program, mode.launches
+        return step._step, mode.launches
 
     whole, launches = program()
     calls: dict[str, Call] = {"pygen": turns(ours, 1), "program": whole}

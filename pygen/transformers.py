@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from pygen.autoregressive.checkpoints import build, check_packing, read_plan
-from pygen.autoregressive.decode import Decoder, Request
+from pygen.autoregressive.decode import Decoder
+from pygen.autoregressive.request import Request
 from pygen.files import CheckpointError, refuse
 from pygen.ops.packed_linear import WeightFormat
 from pygen.patch import Left, Replacement

@@ -11,6 +11,7 @@ import torch
 
 import pygen
 from pygen.autoregressive.cache import PAGE
+from pygen.autoregressive.step import Step
 from tests.decoder_families import saved
 
 
@@ -155,17 +156,15 @@ def test_who_stops_listening_leaves_nothing_behind(decoder: pygen.Decoder) -> No
 
 def test_an_error_in_a_step_leaves_the_decoder_usable(decoder: pygen.Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = decoder.generate([1, 2, 3], 20)
-    from pygen.autoregressive import decode
+    run, calls = Step.run, []
 
-    run, calls = decode._Step.run, []
-
-    def interrupted(step: Any) -> list[int]:
+    def interrupted(step: Step) -> list[list[int]]:
         calls.append(1)
         if len(calls) == 7:
             raise KeyboardInterrupt
         return run(step)
 
-    monkeypatch.setattr(decode._Step, "run", interrupted)
+    monkeypatch.setattr(Step, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decoder.generate([1, 2, 3], 20)
     assert not decoder.busy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,26 +21,22 @@ class OutOfPages(RuntimeError):
 class PagePool:
     """Memory for the keys and values of all layers, in pages that sequences with the same beginning share.
 
+    Of several models that run over the same tokens, a page holds all theirs.
+
     A page that is full is known by what it holds: its tokens, and the page before it. Who comes with the same tokens
     gets it, and it is kept, as long as its memory is not wanted, when nobody holds it any more; of those pages the one
     left longest goes first. Memory that no token has met is asked of the system and not touched.
 
     Args:
-        model: what is cached for.
+        models: what is cached for; ``layers`` holds the caches of each.
         tokens: that it holds at the least, all sequences together.
         dtype: of what is stored: the model's where left out, or torch.int8, with a scale per token and head.
     """
 
-    def __init__(self, model: DecoderModel, tokens: int, dtype: torch.dtype | None = None) -> None:
-        config, device = model.config, model.embedding.device
+    def __init__(self, models: Sequence[DecoderModel], tokens: int, dtype: torch.dtype | None = None) -> None:
         self.pages = -(-tokens // PAGE)
-        shape = (len(model.layers), 2, self.pages, config.kv_heads, PAGE, config.head_dim)
-        dtype = dtype or model.dtype
-        data = torch.empty(shape, dtype=dtype, device=device)
-        scales = torch.empty(shape[:-1], device=device) if dtype == torch.int8 else None
-        self.layers = [
-            LayerCache(*data[i], *(scales[i] if scales is not None else (None, None))) for i in range(len(model.layers))
-        ]
+        self._data: list[Tensor] = []  # (layers, 2, pages, ...) each
+        self.layers = [self._make(model, dtype or model.dtype) for model in models]
         self._empty = list(range(self.pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # full pages that nobody holds
         self._holders = [0] * self.pages
@@ -47,6 +44,19 @@ class PagePool:
         self._serials = [0] * self.pages  # 0 for pages that are not full
         self._keys: dict[int, Key] = {}
         self._known: dict[Key, int] = {}
+
+    def _make(self, model: DecoderModel, dtype: torch.dtype) -> list[LayerCache]:
+        config, device = model.config, model.embedding.device
+        shape = (len(model.layers), 2, self.pages, config.kv_heads, PAGE, config.head_dim)
+        data = [torch.empty(shape, dtype=dtype, device=device)]
+        if dtype == torch.int8:
+            data.append(torch.empty(shape[:-1], device=device))
+        self._data += data
+        return [LayerCache(*(tensor for pair in layer for tensor in pair)) for layer in zip(*data, strict=True)]
+
+    def pages_of(self, model: DecoderModel) -> int:
+        """How many a sequence may have."""
+        return min(-(-model.config.positions // PAGE), self.pages)
 
     @property
     def free(self) -> int:
@@ -64,6 +74,20 @@ class PagePool:
             raise OutOfPages
         self._holders[page] = 1
         return page
+
+    def hold(self, page: int) -> None:
+        """For one holder more."""
+        self._holders[page] += 1
+
+    def own(self, page: int) -> int:
+        """A page that holds the same and may be written: itself, or a copy in its place if others hold it too."""
+        if self._holders[page] == 1:
+            return page
+        copy = self.take()
+        for data in self._data:
+            data[:, :, copy] = data[:, :, page]
+        self.release(page)
+        return copy
 
     def release(self, page: int) -> None:
         self._holders[page] -= 1
@@ -111,15 +135,27 @@ class Pages:
             self.tokens = end
 
     def reserve(self, tokens: int) -> bool:
-        """Room for so many tokens; whether the list has grown.
+        """Room for so many tokens, in pages that nobody else holds; whether the list has changed.
 
         Raises:
             OutOfPages: what was taken is kept.
         """
-        before = len(self.list)
+        changed = len(self.list) * PAGE < tokens
+        if self.tokens % PAGE:
+            page = self.list[self.tokens // PAGE]
+            owned = self.list[self.tokens // PAGE] = self.pool.own(page)
+            changed |= owned != page
         while len(self.list) * PAGE < tokens:
             self.list.append(self.pool.take())
-        return len(self.list) > before
+        return changed
+
+    def fork(self) -> Pages:
+        """Another sequence of the same tokens, in the same pages until one of the two writes."""
+        other = Pages(self.pool)
+        other.list, other.tokens = self.list[: -(-self.tokens // PAGE)], self.tokens
+        for page in other.list:
+            self.pool.hold(page)
+        return other
 
     def fill(self, sequence: list[int], tokens: int) -> None:
         """So many tokens of a sequence are in the pages now: those that are full may be shared."""
@@ -131,6 +167,7 @@ class Pages:
     def write(self, row: Tensor) -> None:
         """Into a row of a block table."""
         row[: len(self.list)] = torch.tensor(self.list, dtype=torch.int32)
+        row[len(self.list) :] = -1
 
     def release(self) -> None:
         for page in reversed(self.list):  # the last is the first to go

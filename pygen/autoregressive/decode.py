@@ -9,101 +9,24 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pygen.autoregressive.beam_search import EarlyStopping, beam_search
 from pygen.autoregressive.cache import PAGE, OutOfPages, PagePool, Pages
 from pygen.autoregressive.checkpoint_files import open_checkpoint
 from pygen.autoregressive.checkpoints import build, check_packing, read_plan
-from pygen.autoregressive.text import Text, TextStream
-from pygen.models.decoder import DecoderModel
+from pygen.autoregressive.prompt_lookup import PromptLookup
+from pygen.autoregressive.request import Request, Sampling, token_list, token_rows
+from pygen.autoregressive.session import CHUNK, Session
+from pygen.autoregressive.step import Step
+from pygen.autoregressive.text import Text
+from pygen.models.decoder import QUERIES, DecoderModel
 from pygen.ops.packed_linear import WeightFormat
-from pygen.ops.record import Program, record
-from pygen.ops.sample_token import sample_token
-
-CHUNK = 256  # tokens of a prompt that are run at once, between two steps of the others
-
-_LARGEST = torch.finfo(torch.float32).max
-_RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0.0, _LARGEST), "top_k": (0, 2**63 - 1), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
-    "typical_p": (0.0, 1.0), "repetition_penalty": (1e-30, _LARGEST), "presence_penalty": (-_LARGEST, _LARGEST),
-    "frequency_penalty": (-_LARGEST, _LARGEST), "seed": (0, 2**64 - 1),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a request's tokens are drawn; the terms are ``sample_token``'s. Temperature 0 takes the likeliest."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            whole = name in ("top_k", "seed")
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                raise TypeError(f"{name} must be {'an integer' if whole else 'a number'}, got {value!r:.100}")
-            if not least <= value <= most:
-                raise ValueError(f"{name} must lie in [{least:g}, {most:g}], got {value}")
-
-    @property
-    def penalises(self) -> bool:
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and what has been made of it.
-
-    tokens: the generated ones so far, the one that ended it included; text: what they say, up to a stop string, of a
-    request that names such; ended: None while it runs, then "length", "stop" or "cancelled".
-    """
-
-    prompt: list[int]
-    max_new_tokens: int
-    sampling: Sampling
-    stop_tokens: frozenset[int]
-    sample: int = 0
-    stop: tuple[str, ...] = ()
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    ended: str | None = None
-    _stream: TextStream | None = None
-    _pages: Pages | None = None
-
-    def _take(self, token: int) -> None:
-        """The next token, which may end it."""
-        assert self._pages is not None
-        cached = self._pages.tokens + 1
-        if cached % PAGE == 0:
-            self._pages.fill(self._sequence, cached)
-        self._pages.tokens = cached
-        self.tokens.append(token)
-        if self._stream is not None:
-            self.text += self._stream.put(token)
-            found = [place for place in map(self.text.find, self.stop) if place >= 0]
-            if found:
-                self.text, self.ended = self.text[: min(found)], "stop"
-        if token in self.stop_tokens:
-            self.ended = "stop"
-        elif self.ended is None and len(self.tokens) == self.max_new_tokens:
-            self.ended = "length"
-
-    @property
-    def _sequence(self) -> list[int]:
-        return self.prompt + self.tokens
 
 
 class Decoder:
@@ -116,6 +39,11 @@ class Decoder:
         max_batch: how many sequences a step takes.
         stop_tokens: that end a sequence, unless a request names its own.
         tokenizer: path of a tokenizer.json, or None.
+        draft: who guesses the next tokens, which a step then verifies together: a smaller decoder of the same tokens,
+            or "prompt" for what followed when the newest tokens came up before. What is generated stays the same,
+            token by token, whatever the settings: the model draws each token, and the guesses that it confirms cost
+            less. Worth it where a step waits for memory, as with few sequences.
+        draft_tokens: how many are guessed at once, of each sequence.
     """
 
     def __init__(
@@ -127,17 +55,31 @@ class Decoder:
         max_batch: int = 64,
         stop_tokens: Iterable[int] = (),
         tokenizer: str | os.PathLike[str] | None = None,
+        draft: Decoder | Literal["prompt"] | None = None,
+        draft_tokens: int = 4,
     ) -> None:
+        if type(draft_tokens) is not int or not 1 <= draft_tokens < QUERIES:
+            raise ValueError(f"draft_tokens must be an integer from 1 to {QUERIES - 1}, got {draft_tokens!r:.100}")
+        if draft is not None and draft != "prompt" and not isinstance(draft, Decoder):
+            raise TypeError(f'draft must be a Decoder, "prompt" or None, got {draft!r:.100}')
         self.model = model
         self.max_batch = max_batch
         self.stop_tokens = frozenset(stop_tokens)
         self._tokenizer_file = tokenizer
-        self._pool = PagePool(model, cache_tokens, cache_dtype)
-        self._pages = min(-(-model.config.positions // PAGE), self._pool.pages)  # of one sequence, at the most
+        self._models = [model]
+        if isinstance(draft, Decoder):
+            for name in ("vocabulary", "positions"):
+                theirs, own = getattr(draft.model.config, name), getattr(model.config, name)
+                if theirs != own if name == "vocabulary" else theirs < own:
+                    raise ValueError(f"draft has {name} {theirs}, and the model {own}")
+            self._models.append(draft.model)
+        self._drafted = 0 if draft is None else draft_tokens
+        self._pool = PagePool(self._models, cache_tokens, cache_dtype)
+        self._pages = self._pool.pages_of(model)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
-        self._steps: dict[int, _Step] = {}
-        self._step: _Step | None = None  # that holds the running requests, in order
+        self._steps: dict[int, Step] = {}
+        self._step: Step | None = None  # that holds the running requests, in order
 
     @classmethod
     def from_pretrained(
@@ -223,11 +165,25 @@ class Decoder:
         Raises:
             ValueError, TypeError: naming the argument; also for a request that no empty cache could hold.
         """
-        prompt = _token_list(ids, self.model.config.vocabulary)
+        prompt = token_list(ids, self.model.config.vocabulary)
         known = {field.name for field in fields(Sampling)}
         for name in sampling:
             if name not in known:
                 raise TypeError(f"{name} is not a setting of sampling; they are {', '.join(sorted(known))}")
+        self._check_length(prompt, max_new_tokens)
+        stops = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(string, str) and string for string in strings):
+            raise ValueError(f"stop must hold strings that are not empty, got {stop!r:.100}")
+        request = Request(prompt, max_new_tokens, Sampling(**sampling), stops, sample, strings)
+        if strings:
+            request._stream = self.text.stream()
+        if self._drafted and len(self._models) == 1:
+            request._lookup = PromptLookup()
+        self._waiting.append(request)
+        return request
+
+    def _check_length(self, prompt: list[int], max_new_tokens: int) -> None:
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
         length = len(prompt) + max_new_tokens
@@ -241,14 +197,6 @@ class Decoder:
                 f"max_new_tokens: a prompt of {len(prompt)} and {max_new_tokens} new tokens do not fit in a cache of "
                 f"{self._pool.pages * PAGE}: give cache_tokens"
             )
-        stops = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
-        strings = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(string, str) and string for string in strings):
-            raise ValueError(f"stop must hold strings that are not empty, got {stop!r:.100}")
-        stream = self.text.stream() if strings else None
-        request = Request(prompt, max_new_tokens, Sampling(**sampling), stops, sample, strings, _stream=stream)
-        self._waiting.append(request)
-        return request
 
     def cancel(self, request: Request) -> None:
         """End a request, if it has not ended; what it generated stays in it."""
@@ -266,7 +214,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, int]]:
-        """A chunk of the next prompt, then one token for every running request: those tokens."""
+        """A chunk of the next prompt, then a token for every running request, or more where it was drafted: those."""
         self._admit()
         self._reserve()
         if not self._running:
@@ -274,17 +222,48 @@ class Decoder:
         if self._step is None:
             rows = len(self._running)
             if rows not in self._steps:
-                self._steps[rows] = _Step(self.model, self._pool, rows, self._pages)
+                self._steps[rows] = Step(self._models, self._pool, rows, self._pages, self._drafted)
             self._step = self._steps[rows]
             for row, request in enumerate(self._running):
                 self._step.load(row, request)
-        results = list(zip(self._running, self._step.run(), strict=True))
-        for request, token in results:
-            request._take(token)
+        drafts = self._drafts(self._step)
+        tokens = self._step.run() if drafts is None else self._step.verify(drafts)
+        results: list[tuple[Request, int]] = []
+        for request, new in list(zip(self._running, tokens, strict=True)):
+            if drafts is not None:
+                request.drafted += self._drafted
+                request.accepted += len(new) - 1
+            for token in new:
+                if request.ended is None:
+                    request._take(token)
+                    results.append((request, token))
             if request.ended is not None:
                 self._release(request)
                 self._leave(request)
         return results
+
+    def _drafts(self, step: Step) -> list[list[int]] | None:
+        """What may follow each running request; None where nobody guesses, or there is no room for the guesses."""
+        if not self._drafted:
+            return None
+        ahead = 1 + self._drafted
+        for row, request in enumerate(self._running):
+            pages = request._pages
+            assert pages is not None
+            if pages.tokens + ahead > min(self.model.config.positions, self._pages * PAGE):
+                return None
+            try:
+                if pages.reserve(pages.tokens + ahead):
+                    pages.write(step.block_table[row])
+            except OutOfPages:
+                return None
+        if len(self._models) > 1:
+            return step.draft()
+        drafts = [
+            request._lookup.draft(request._sequence, self._drafted) if request._lookup else []
+            for request in self._running
+        ]
+        return [draft or [0] * self._drafted for draft in drafts] if any(drafts) else None
 
     def _admit(self) -> None:
         """Run a chunk of the prompts that wait, in their order; the last token of each is left to the step."""
@@ -320,7 +299,8 @@ class Decoder:
         table = torch.full((1, self._pages), -1, dtype=torch.int32)
         pages.write(table[0])
         tokens, first, lengths = torch.tensor([sequence[begin:end]]), torch.tensor([[begin]]), torch.tensor([end])
-        self.model.hidden(tokens, first, lengths, table, self._pool.layers)
+        for model, layers in zip(self._models, self._pool.layers, strict=True):
+            model.hidden(tokens, first, lengths, table, layers)
         pages.fill(sequence, end)
 
     def _reserve(self) -> None:
@@ -392,17 +372,15 @@ class Decoder:
         """
         requests: list[Request] = []
         try:
-            for row in _rows(ids):
+            for row in token_rows(ids):
                 requests.append(self.submit(row, max_new_tokens, **settings))
             while any(request.ended is None for request in requests):
                 self.step()
         finally:
             for request in requests:
                 self.cancel(request)
-        results = [request._sequence for request in requests]
-        width = max(map(len, results))
         fill = [min(request.stop_tokens, default=0) for request in requests]
-        return torch.tensor([row + [pad] * (width - len(row)) for row, pad in zip(results, fill, strict=True)])
+        return _filled([request._sequence for request in requests], fill)
 
     def prefill(self, ids: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Session:
         """Begin sequences that the caller drives, token by token.
@@ -413,152 +391,62 @@ class Decoder:
         Returns:
             a ``Session``, whose ``logits`` tell what may follow.
         """
-        rows = _rows(ids)
+        rows = token_rows(ids)
         if len({len(row) for row in rows}) != 1:
             raise ValueError("ids must be of one length in a session; generate and submit take any lengths")
-        return Session(self, [_token_list(row, self.model.config.vocabulary) for row in rows])
+        return Session(self.model, self._pool, [token_list(row, self.model.config.vocabulary) for row in rows])
+
+    def beam_search(
+        self,
+        ids: Sequence[int] | Tensor,
+        max_new_tokens: int,
+        *,
+        num_beams: int,
+        num_return_sequences: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = False,
+        stop_tokens: Iterable[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest continuations of one prompt that a beam of some width finds; the terms are transformers'.
+
+        Args:
+            ids: the prompt, at least one token.
+            max_new_tokens: at the most.
+            num_beams: how many sequences are kept at each length.
+            num_return_sequences: up to so many.
+            length_penalty: the score of an ended sequence is its log-probability over length^length_penalty, the
+                prompt not counted.
+            early_stopping: True to end with ``num_beams`` ended sequences; False once none that runs has a better score
+                than the worst of them; "never" once none can get one.
+            stop_tokens: that end a sequence, in the place of the decoder's.
+
+        Returns:
+            int64 (num_return_sequences, longest), the prompt and what follows, the best first, filled up as
+            ``generate`` does; and the scores, float32 (num_return_sequences,).
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        prompt = token_list(ids, self.model.config.vocabulary)
+        self._check_length(prompt, max_new_tokens)
+        if type(num_beams) is not int or not 1 <= num_beams <= self.model.config.vocabulary:
+            raise ValueError(f"num_beams must be an integer from 1 to the vocabulary's size, got {num_beams!r:.100}")
+        if type(num_return_sequences) is not int or not 1 <= num_return_sequences <= num_beams:
+            raise ValueError(
+                f"num_return_sequences must be an integer from 1 to num_beams, got {num_return_sequences!r:.100}"
+            )
+        if early_stopping not in (True, False, "never"):
+            raise ValueError(f'early_stopping must be True, False or "never", got {early_stopping!r:.100}')
+        stops = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
+        with self.prefill(prompt) as session:
+            found = beam_search(session, max_new_tokens, num_beams, stops, length_penalty, early_stopping)
+        found = found[:num_return_sequences]
+        return (
+            _filled([prompt + beam.tokens for beam in found], [min(stops, default=0)] * len(found)),
+            torch.tensor([beam.score for beam in found]),
+        )
 
 
-class Session:
-    """Sequences whose every token the caller chooses. ``logits``: (batch, vocabulary), of the next one."""
-
-    def __init__(self, decoder: Decoder, prompts: list[list[int]]) -> None:
-        self._decoder = decoder
-        self._pages = [Pages(decoder._pool) for _ in prompts]
-        self._state = _State(len(prompts), decoder._pages)
-        self._length = 0
-        self._program: Program[Tensor] | None = None
-        tokens = torch.tensor(prompts)
-        for begin in range(0, tokens.shape[1], CHUNK):
-            self.logits = self._run(tokens[:, begin : begin + CHUNK])
-
-    @torch.inference_mode()
-    def _run(self, tokens: Tensor) -> Tensor:
-        model, pool, state = self._decoder.model, self._decoder._pool, self._state
-        length = self._length + tokens.shape[1]
-        if length > model.config.positions:
-            raise ValueError(f"tokens: the model has {model.config.positions} positions, and they are full")
-        for pages, row in zip(self._pages, state.block_table, strict=True):
-            try:
-                if pages.reserve(length):
-                    pages.write(row)
-            except OutOfPages:
-                raise RuntimeError(f"the cache of {pool.pages * PAGE} tokens is full: give cache_tokens") from None
-        state.first.fill_(self._length)
-        state.lengths.fill_(length)
-        self._length = length
-        if tokens.shape[1] > 1:
-            x = model.hidden(tokens, state.first, state.lengths, state.block_table, pool.layers)
-            return model.project(x.view(*tokens.shape, -1)[:, -1])
-        state.tokens.copy_(tokens)
-        if self._program is None:
-            self._program = record(lambda: model.project(state.hidden(model, pool)))
-        return self._program().clone()
-
-    def step(self, tokens: Tensor | Sequence[int]) -> Tensor:
-        """Append a token to each sequence, (batch,); the logits of what may follow, which are the caller's to keep."""
-        rows = _rows(tokens)[0]
-        if len(rows) != len(self._pages):
-            raise ValueError(f"tokens must be one for each of {len(self._pages)} sequences, got {len(rows)}")
-        self.logits = self._run(torch.tensor(_token_list(rows, self._decoder.model.config.vocabulary))[:, None])
-        return self.logits
-
-    def close(self) -> None:
-        """Give the pages back; the session is over."""
-        for pages in self._pages:
-            pages.release()
-        self._length = self._decoder.model.config.positions
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *about: object) -> None:
-        self.close()
-
-
-class _State:
-    """What a step reads of its sequences."""
-
-    def __init__(self, rows: int, pages: int) -> None:
-        self.tokens = torch.zeros(rows, 1, dtype=torch.int64)
-        self.first = torch.zeros(rows, 1, dtype=torch.int64)
-        self.lengths = torch.zeros(rows, dtype=torch.int64)
-        self.block_table = torch.full((rows, pages), -1, dtype=torch.int32)
-
-    def hidden(self, model: DecoderModel, pool: PagePool) -> Tensor:
-        return model.hidden(self.tokens, self.first, self.lengths, self.block_table, pool.layers)
-
-
-class _Step(_State):
-    """The recorded step of so many sequences: from their newest tokens to the next ones."""
-
-    def __init__(self, model: DecoderModel, pool: PagePool, rows: int, pages: int) -> None:
-        super().__init__(rows, pages)
-
-        def numbers(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((rows,), value, dtype=dtype)
-
-        self.settings: dict[str, Any] = {
-            name: numbers(getattr(Sampling(), name), torch.int64 if name in ("top_k", "seed") else torch.float32)
-            for name in (field.name for field in fields(Sampling))
-        }
-        self.draw, self.samples = numbers(0, torch.int64), numbers(0, torch.int64)
-        self.previous = torch.empty(rows, pages * PAGE, dtype=torch.int64)
-        self.previous_lengths = numbers(0, torch.int64)
-        self._penalised: list[int] = []
-
-        def step() -> Tensor:
-            return sample_token(
-                model.project(self.hidden(model, pool)), **self.settings, previous=self.previous,
-                previous_lengths=self.previous_lengths, step=self.draw, sample_ids=self.samples, out=self.tokens[:, 0],
-            )  # fmt: skip
-
-        self._program = record(step)
-
-    def load(self, row: int, request: Request) -> None:
-        """Put a request, whose last token is not in the cache yet, into a row."""
-        assert request._pages is not None
-        sequence = request._sequence
-        self.tokens[row] = sequence[-1]
-        self.first[row] = len(sequence) - 2  # of the step before, which run() counts on from
-        self.lengths[row] = len(sequence) - 1
-        request._pages.write(self.block_table[row])
-        for name, tensor in self.settings.items():
-            value = getattr(request.sampling, name)
-            tensor[row] = value - (1 << 64) if name == "seed" and value >> 63 else value
-        self.draw[row] = len(request.tokens) - 1
-        self.samples[row] = request.sample
-        if row == 0:
-            self._penalised.clear()
-        self.previous_lengths[row] = 0
-        if request.sampling.penalises:
-            self._penalised.append(row)
-            self.previous[row, : len(sequence) - 1] = torch.tensor(sequence[:-1])
-            self.previous_lengths[row] = len(sequence) - 1
-
-    def run(self) -> list[int]:
-        self.first.add_(1)
-        self.lengths.add_(1)
-        self.draw.add_(1)
-        for row in self._penalised:
-            self.previous[row, self.previous_lengths[row]] = self.tokens[row, 0]
-            self.previous_lengths[row] += 1
-        return self._program().tolist()
-
-
-def _rows(ids: Any) -> list[Any]:
-    """Several prompts, or one, as a list of prompts."""
-    rows = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-    return rows if rows and isinstance(rows[0], (list, tuple, Tensor)) else [rows]
-
-
-def _token_list(ids: Sequence[int] | Tensor, vocabulary: int) -> list[int]:
-    if isinstance(ids, Tensor) and (ids.dim() != 1 or ids.is_floating_point()):
-        raise ValueError(f"ids must be integers of shape (length,), got {ids.dtype} of shape {tuple(ids.shape)}")
-    tokens = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-    if not tokens:
-        raise ValueError("ids must hold at least one token")
-    for token in tokens:
-        if type(token) is not int or not 0 <= token < vocabulary:
-            raise ValueError(f"ids must hold tokens from 0 to {vocabulary - 1}, got {token!r:.100}")
-    return tokens
+def _filled(rows: list[list[int]], fill: list[int]) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [pad] * (width - len(row)) for row, pad in zip(rows, fill, strict=True)])

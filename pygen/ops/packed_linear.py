@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 PANEL = 32
 GROUPS = (32, 64, 128)
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
+_AT_ONCE = 1 << 18  # elements that are packed at once: what lies in between stays small, and in the caches
 FORMATS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "int4")
 
 
@@ -105,17 +106,36 @@ def pack_linear(
     """
     parts = _check(weight, up, format, group, symmetric)
     outputs, inputs = weight.shape
+    quantised = format in ("int8", "int4")
+    if quantised:
+        group = (0 if format == "int8" else 32) if group is None else group
+        group = group or max(8, -(-inputs // 8) * 8)
     width = PANEL // len(parts)
-    panels = torch.cat([_pad(part, 0, width).unflatten(0, (-1, width)) for part in parts], dim=1)
-    if format in ("float32", "bfloat16"):
-        stored = getattr(torch, format)
-        pair = 1 if stored == torch.float32 else 2
-        lines = _pad(panels.to(stored), 2, pair).unflatten(2, (-1, pair)).transpose(1, 2)
-        data = in_large_pages(lines.contiguous().view(torch.uint8).flatten(1))
-        return PackedLinear(data, outputs, inputs, format, 0, False, up is not None)
+    count = -(-outputs // width)
+    at_once = max(1, _AT_ONCE // (PANEL * inputs))
+    data: Tensor | None = None
+    for first in range(0, max(count, 1), at_once):
+        rows = [part[first * width : (first + at_once) * width] for part in parts]
+        panels = torch.cat([_pad(part, 0, width).unflatten(0, (-1, width)) for part in rows], dim=1)
+        packed = _codes(panels, format, group, symmetric) if group else _numbers(panels, format)
+        if data is None:
+            data = _empty_in_large_pages((count, packed.shape[1]), weight.device)
+        data[first : first + at_once] = packed
+    assert data is not None
+    return PackedLinear(data, outputs, inputs, format, group or 0, quantised and not symmetric, up is not None)
+
+
+def _numbers(panels: Tensor, format: str) -> Tensor:
+    """(panels, 32, K) -> uint8 (panels, bytes)."""
+    stored = getattr(torch, format)
+    pair = 1 if stored == torch.float32 else 2
+    lines = _pad(panels.to(stored), 2, pair).unflatten(2, (-1, pair)).transpose(1, 2)
+    return lines.contiguous().view(torch.uint8).flatten(1)
+
+
+def _codes(panels: Tensor, format: str, group: int, symmetric: bool) -> Tensor:
+    """(panels, 32, K) -> uint8 (panels, bytes)."""
     bits = 8 if format == "int8" else 4
-    group = {"int8": 0, "int4": 32}[format] if group is None else group
-    group = group or max(8, -(-inputs // 8) * 8)
     values = _pad(panels.float(), 2, group).unflatten(2, (-1, group))
     if not values.isfinite().all():
         raise ValueError(f"pack_linear: weight must be finite to be packed as {format}")
@@ -129,8 +149,7 @@ def pack_linear(
         number.to(torch.bfloat16).transpose(1, 2).unflatten(2, (2, -1)).transpose(2, 3).flatten(2).view(torch.uint8)
         for number in numbers
     ]
-    data = in_large_pages(torch.cat([*headers, lines], dim=2).flatten(1))
-    return PackedLinear(data, outputs, inputs, format, group, not symmetric, up is not None)
+    return torch.cat([*headers, lines], dim=2).flatten(1)
 
 
 def pack_experts(

@@ -1,0 +1,146 @@
+"""The step of a running batch, recorded: from the newest tokens of so many sequences to the next ones.
+
+Drafted tokens are verified by drawing: each is kept if it is the token that the model draws in its place, by the same
+noise as without a draft (Daliri et al. 2024 show how little that loses against rejection). So a draft changes when a
+token comes, and never which. A draft model draws by the same noise too, and so agrees as often as it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pygen.autoregressive.cache import PAGE, PagePool
+from pygen.autoregressive.request import Request, Sampling
+from pygen.models.decoder import DecoderModel
+from pygen.ops.record import record
+from pygen.ops.sample_token import sample_token
+
+
+class Step:
+    """What the programs read of their sequences, which change under them.
+
+    Args:
+        models: the one that is sampled, and after it a draft's, if there is one.
+        pool: of their keys and values.
+        rows: how many sequences.
+        pages: of one sequence, at the most.
+        drafted: tokens of each that are verified at once.
+    """
+
+    def __init__(self, models: list[DecoderModel], pool: PagePool, rows: int, pages: int, drafted: int = 0) -> None:
+        width = 1 + drafted
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64)
+
+        self.tokens = zeros(rows, width)  # the newest, and what is drafted to follow
+        self.positions = zeros(width + 1, rows)  # theirs, and that behind them
+        self.block_table = torch.full((rows, pages), -1, dtype=torch.int32)
+        self.settings: dict[str, Any] = {
+            name: torch.full(
+                (rows,),
+                getattr(Sampling(), name),
+                dtype=torch.int64 if name in ("top_k", "seed") else torch.float32,
+            )
+            for name in (field.name for field in fields(Sampling))
+        }
+        self.draws, self.samples = zeros(width, rows), zeros(rows)
+        self.previous = torch.empty(rows, pages * PAGE, dtype=torch.int64)
+        self.previous_lengths = zeros(width, rows)
+        self._drawn = zeros(rows, width)
+        self._penalised: list[int] = []
+
+        def hidden(at: int, begin: int, end: int) -> Tensor:
+            """Of the tokens from one to another, by one of the models."""
+            first, lengths = self.positions[begin], self.positions[end]
+            return models[at].hidden(
+                self.tokens[:, begin:end], first[:, None], lengths, self.block_table, pool.layers[at]
+            )
+
+        def draw(logits: Tensor, place: int, known: int, out: Tensor) -> None:
+            """The token behind a place, penalised for so many of the drafted ones."""
+            sample_token(
+                logits, **self.settings, previous=self.previous, previous_lengths=self.previous_lengths[known],
+                step=self.draws[place], sample_ids=self.samples, out=out,
+            )  # fmt: skip
+
+        def verify(width: int) -> None:
+            for other in range(1, len(models)):
+                hidden(other, 0, width)  # so that its cache holds what the first's does
+            logits = models[0].project(hidden(0, 0, width)).view(rows, width, -1)
+            for place in range(width):
+                draw(logits[:, place], place, place, self._drawn[:, place])
+
+        def draft() -> None:
+            for place in range(drafted):
+                draw(models[1].project(hidden(1, place, place + 1)), place, 0, self.tokens[:, place + 1])
+
+        self._step: Callable[[], None] = record(lambda: verify(1))
+        if drafted:
+            self._verify = record(lambda: verify(width))
+        if len(models) > 1:
+            self._draft = record(draft)
+
+    def load(self, row: int, request: Request) -> None:
+        """Put a request, whose last token is not in the cache yet, into a row."""
+        assert request._pages is not None
+        sequence = request._sequence
+        length, made, width = len(sequence), len(request.tokens), self.tokens.shape[1]
+        self.tokens[row, 0] = sequence[-1]
+        self.positions[:, row] = torch.arange(length - 1, length + width)
+        request._pages.write(self.block_table[row])
+        for name, tensor in self.settings.items():
+            value = getattr(request.sampling, name)
+            tensor[row] = value - (1 << 64) if name == "seed" and value >> 63 else value
+        self.draws[:, row] = torch.arange(made, made + width)
+        self.samples[row] = request.sample
+        if row == 0:
+            self._penalised.clear()
+        self.previous_lengths[:, row] = 0
+        if request.sampling.penalises:
+            self._penalised.append(row)
+            self.previous[row, :length] = torch.tensor(sequence)
+            self.previous_lengths[:, row] = torch.arange(length, length + width)
+
+    def run(self) -> list[list[int]]:
+        """One token more of each sequence."""
+        self._step()
+        return self._advance([[token] for token in self._drawn[:, 0].tolist()])
+
+    def draft(self) -> list[list[int]]:
+        """What the draft model takes to follow each sequence."""
+        self._draft()
+        return self.tokens[:, 1:].tolist()
+
+    def verify(self, drafts: list[list[int]]) -> list[list[int]]:
+        """Those of the drafted tokens that the model draws too, up to the first other, which is the last."""
+        self.tokens[:, 1:] = torch.tensor(drafts)
+        for row in self._penalised:
+            begin = int(self.previous_lengths[0, row])
+            self.previous[row, begin : begin + len(drafts[row])] = self.tokens[row, 1:]
+        self._verify()
+        return self._advance([_kept(*pair) for pair in zip(drafts, self._drawn.tolist(), strict=True)])
+
+    def _advance(self, tokens: list[list[int]]) -> list[list[int]]:
+        counts = [len(new) for new in tokens]
+        taken = counts[0] if len(set(counts)) == 1 else torch.tensor(counts)
+        self.positions.add_(taken)
+        self.draws.add_(taken)
+        self.tokens[:, 0] = torch.tensor([new[-1] for new in tokens])
+        for row in self._penalised:
+            begin = int(self.previous_lengths[0, row])
+            self.previous[row, begin : begin + counts[row]] = torch.tensor(tokens[row])
+            self.previous_lengths[:, row] += counts[row]
+        return tokens
+
+
+def _kept(draft: list[int], drawn: list[int]) -> list[int]:
+    alike = 0
+    while alike < len(draft) and draft[alike] == drawn[alike]:
+        alike += 1
+    return drawn[: alike + 1]

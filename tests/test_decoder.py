@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import pygen
@@ -177,3 +180,46 @@ def test_wrong_weights(folder: Path) -> None:
         pygen.Decoder.from_pretrained(folder / "llama-2", "int5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="group must be"):
         pygen.Decoder.from_pretrained(saved("llama-2", folder)[1], "int4", group=5)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+import transformers
+import pygen
+
+def status(key):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+directory, weights = sys.argv[1:]
+pygen.pack_linear(torch.randn(64, 64), format=weights)  # what the first call loads
+Path("/proc/self/clear_refs").write_text("5")  # begins the high-water mark anew
+before = status("VmRSS")
+model = pygen.Decoder.from_pretrained(directory, weights, cache_tokens=64).model
+linears = [linear for layer in model.layers for linear in (layer.qkv, layer.merge, layer.up, layer.down)]
+built = model.embedding.nbytes + sum(linear.weight.nbytes for linear in [*linears, model.head])
+print(built, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system tells no peak")
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_loading_takes_little_more_than_it_builds(weights: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    directory = tmp_path_factory.getbasetemp() / "peak"
+    if not directory.exists():
+        config = transformers.LlamaConfig(
+            hidden_size=768, num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=4, intermediate_size=2048
+        )
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config).bfloat16()
+        model.to_empty(device="cpu").load_state_dict(
+            {name: torch.full_like(tensor, 0.01, device="cpu") for name, tensor in model.state_dict().items()}
+        )
+        model.save_pretrained(directory)
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, directory, weights], capture_output=True, text=True, check=True
+    )
+    built, peak = map(int, result.stdout.split())
+    assert built > 50e6
+    assert peak < 1.3 * built

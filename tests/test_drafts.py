@@ -28,7 +28,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> pygen.Decoder:
     return pygen.Decoder.from_pretrained(saved("gpt2", tmp_path_factory.mktemp("drafts"))[1], "bfloat16")
 
 
-@pytest.mark.parametrize("draft", ["prompt", "itself in int4", "a stranger"])
+@pytest.mark.parametrize("draft", ["prompt", "itself in int8", "a stranger"])
 def test_requests_get_what_they_get_without(directory: Path, stranger: pygen.Decoder, draft: str) -> None:
     """60 of all settings, in a cache of a third of what they need at once, joining at random times."""
     generator = random.Random(1)
@@ -39,7 +39,7 @@ def test_requests_get_what_they_get_without(directory: Path, stranger: pygen.Dec
     who: Any = {"prompt": "prompt", "a stranger": stranger}.get(draft)
     decoder = pygen.Decoder.from_pretrained(
         directory, "bfloat16", max_batch=8, cache_tokens=sum(most) // 3 * PAGE,
-        draft=who or pygen.Decoder.from_pretrained(directory, "int4"), draft_tokens=generator.choice([2, 3, 5]),
+        draft=who or pygen.Decoder.from_pretrained(directory, "int8"), draft_tokens=generator.choice([2, 3, 5]),
     )  # fmt: skip
     waiting, running = list(zip(requests, expected, strict=True)), []
     while waiting or decoder.busy:
@@ -54,7 +54,7 @@ def test_requests_get_what_they_get_without(directory: Path, stranger: pygen.Dec
     assert decoder._pool.free == decoder._pool.pages
     drafted, accepted = (sum(getattr(request, name) for request, _ in running) for name in ("drafted", "accepted"))
     assert drafted > 0
-    assert (accepted > 0.3 * drafted) == (draft == "itself in int4")
+    assert (accepted > 0.3 * drafted) == (draft == "itself in int8")
 
 
 def steps(decoder: pygen.Decoder, prompt: list[int], count: int, **how: Any) -> tuple[list[int], int]:
@@ -85,7 +85,7 @@ def test_a_prompt_that_repeats_saves_steps() -> None:
     expected, one_by_one = steps(plain, prompt, 120)
     tokens, made = steps(decoder, prompt, 120)
     assert tokens == expected
-    assert made < 0.6 * one_by_one
+    assert made < 0.8 * one_by_one
 
 
 def test_the_last_positions_are_taken_one_by_one(directory: Path) -> None:

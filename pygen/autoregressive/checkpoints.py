@@ -474,11 +474,11 @@ class _Builder:
         config = replace(config, embedding_scale=float(torch.tensor(config.embedding_scale, dtype=self.dtype)))
         progress("embedding")
         size = (config.vocabulary, config.width)
-        embedding = self._read(f"{plan.prefix}{plan.embedding}.weight", size).to(self.dtype)
+        embedding = self._read(f"{plan.prefix}{plan.embedding}.weight", size, self.dtype)
         learned = None
         if plan.position_embedding is not None:
             name = f"{plan.prefix}{plan.position_embedding}.weight"
-            learned = self._read(name, (None, config.width)).to(self.dtype)
+            learned = self._read(name, (None, config.width), self.dtype)
         layers = []
         for i in range(plan.layers):
             progress(f"layer {i}")
@@ -577,7 +577,7 @@ class _Builder:
             self.files.release(f"{name}.weight")
         return Linear(packed, rows("bias", ()).float() if bias else None)
 
-    def _read(self, name: str, shape: tuple[int | None, ...]) -> Tensor:
+    def _read(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> Tensor:
         found = self.files.shape(name)
         if len(found) != len(shape) or any(want not in (None, got) for want, got in zip(shape, found, strict=True)):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
@@ -586,4 +586,7 @@ class _Builder:
         tensor = self.files.read(name)
         if not tensor.is_floating_point():
             refuse(self.files.file(name), f"tensor {name!r} must be floating point, got {tensor.dtype}")
+        if dtype not in (None, tensor.dtype):
+            tensor = tensor.to(dtype)
+            self.files.release(name)
         return tensor

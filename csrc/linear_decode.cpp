@@ -1,6 +1,7 @@
 #include "pygen/linear_decode.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 
 #include "backend.h"
@@ -98,17 +99,43 @@ at::Tensor reserve_scratch(LinearDecodeArgs& args, int64_t bytes, const at::Tens
   return scratch;
 }
 
-[[maybe_unused]] void launch(const Cpu& cpu, LinearDecodeArgs& args, const at::Tensor& x) {
+void multiply(const void* rows, int64_t stride, const void* panel, int64_t inputs, float* sums) {
+  at::native::cpublas::brgemm(PanelProduct::kRows, kPanel, inputs, stride, kPanel, kPanel, /*add_C=*/false,
+                              static_cast<const at::BFloat16*>(rows), static_cast<const at::BFloat16*>(panel), sums);
+}
+
+// Whether torch can do it on this machine, which it tells by an error.
+bool torch_multiplies() {
+  static const bool can = [] {
+    alignas(64) at::BFloat16 ones[PanelProduct::kRows * 2];
+    alignas(64) float sums[PanelProduct::kRows * kPanel] = {};
+    std::fill(std::begin(ones), std::end(ones), at::BFloat16(1.0f));
+    try {
+      multiply(ones, 2, ones, 2, sums);
+    } catch (const c10::Error&) {
+      return false;
+    }
+    at::native::cpublas::brgemm_release();
+    return std::all_of(std::begin(sums), std::end(sums), [](float sum) { return sum == 2.0f; });
+  }();
+  return can;
+}
+
+[[maybe_unused]] void launch(const Cpu& cpu, LinearDecodeArgs& args, const at::Tensor& x, bool blocked) {
+  const bool pairs = args.weight.format == WeightFormat::kBFloat16 && args.x.dtype == DType::kBFloat16;
+  if (blocked && pairs && args.experts == nullptr && isa() == Isa::kAvx512Bf16 && torch_multiplies()) {
+    args.product = {multiply, [] { at::native::cpublas::brgemm_release(); }};
+  }
   const at::Tensor scratch = reserve_scratch(args, linear_decode_scratch(args), x);
   cpu.keep(scratch);
-  cpu.run(linear_decode_rows, args, x.size(0), std::max<int64_t>(1, kMoveGrain / args.weight.inputs));
+  cpu.run(linear_decode_rows, args, linear_decode_rows_made(args), std::max<int64_t>(1, kMoveGrain / args.weight.inputs));
   const int64_t panels = args.weight.panels(), grain = std::max<int64_t>(1, kWeightGrain / args.weight.panel_bytes());
   if (args.experts == nullptr) return cpu.run(linear_decode, args, panels, grain);
   cpu.run(linear_decode_experts, args, 1, 1);
   cpu.run(linear_decode, args, [used = ExpertRows(args).used, panels] { return *used * panels; }, grain);
 }
 #if defined(PYGEN_CUDA) || defined(PYGEN_EMULATION)
-void launch(const Gpu& gpu, LinearDecodeArgs& args, const at::Tensor& x) {
+void launch(const Gpu& gpu, LinearDecodeArgs& args, const at::Tensor& x, bool) {
   const at::Tensor scratch = reserve_scratch(args, cuda::linear_decode_workspace(args), x);
   gpu.run(cuda::linear_decode, args);
 }
@@ -119,7 +146,7 @@ void linear_decode_op(const at::Tensor& x, const at::Tensor& weight, int64_t out
                       std::string_view format, int64_t group, bool zeros, bool gated, const Optional& bias,
                       const Optional& residual, std::string_view activation, std::string_view norm,
                       const Optional& norm_weight, const Optional& norm_bias, double eps,
-                      std::optional<double> soft_cap, const Optional& experts, const at::Tensor& out) {
+                      std::optional<double> soft_cap, const Optional& experts, bool blocked, const at::Tensor& out) {
   // Check and describe.
   TORCH_CHECK_VALUE(x.dim() == 2, kOp, ": x must have shape (rows, inputs), got ", x.sizes());
   LinearDecodeArgs args{};
@@ -151,13 +178,13 @@ void linear_decode_op(const at::Tensor& x, const at::Tensor& weight, int64_t out
   if (Backend::host_can_read()) check_experts(args);
 
   // Launch.
-  launch(Backend(x), args, x);
+  launch(Backend(x), args, x, blocked);
 }
 
 PYGEN_OP("linear_decode", linear_decode_op,
          "(Tensor x, Tensor weight, SymInt outputs, SymInt inputs, str format, SymInt group, bool zeros, "
          "bool gated, Tensor? bias, Tensor? residual, str activation, str norm, Tensor? norm_weight, "
-         "Tensor? norm_bias, float eps, float? soft_cap, Tensor? experts, "
+         "Tensor? norm_bias, float eps, float? soft_cap, Tensor? experts, bool blocked, "
          "Tensor(a!) out) -> ()")
 
 }  // namespace

@@ -98,7 +98,7 @@ def test_a_row_of_linear_decode_does_not_depend_on_the_others(format: WeightForm
 
     def run(x: Tensor) -> Tensor:
         out = x.new_empty(len(x), 40)
-        nothing = (None, None, "none", "none", None, None, 0.0, None, None)
+        nothing = (None, None, "none", "none", None, None, 0.0, None, None, False)
         emulation.linear_decode(x, *packed, *nothing, out)
         return out
 

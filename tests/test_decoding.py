@@ -93,9 +93,9 @@ def test_a_shared_beginning_is_computed_once(directory: Path, monkeypatch: pytes
     computed = []
     run = type(decoder.model).hidden
 
-    def counted(model: Any, tokens: torch.Tensor, *state: Any) -> torch.Tensor:
-        computed.append(tokens.shape[1] if tokens.shape[1] > 1 else 0)  # the rest are steps
-        return run(model, tokens, *state)
+    def counted(model: Any, tokens: torch.Tensor, *state: Any, prompt: bool = False) -> torch.Tensor:
+        computed.append(tokens.shape[1] if prompt else 0)  # the rest are steps
+        return run(model, tokens, *state, prompt=prompt)
 
     monkeypatch.setattr(type(decoder.model), "hidden", counted)
     running = [decoder.submit(prompt, count, **settings) for prompt, count, settings in requests]

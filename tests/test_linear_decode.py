@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -100,6 +101,26 @@ def test_a_row_does_not_depend_on_the_others(layout: dict[str, Any], dtype: torc
         assert torch.equal(pygen.linear_decode(x[:rows], packed, **more), whole[:rows]), rows
     for row in range(70):
         assert torch.equal(pygen.linear_decode(x[row : row + 1], packed, **more), whole[row : row + 1]), row
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_row_of_a_blocked_call_does_not_depend_on_the_others(gated: bool) -> None:
+    """Nor on its place, on the threads, or on what lies in memory beside the rows."""
+    weight, up = weight_of(75, 330), weight_of(75, 330).flip(0)
+    packed = pack_linear(weight, up if gated else None, format="bfloat16")
+    x = torch.randn(70, 330, generator=torch.Generator().manual_seed(0)).bfloat16()
+    more: dict[str, Any] = {"activation": "silu", "norm": "rms", "blocked": True}
+    whole = pygen.linear_decode(x, packed, **more)
+    before = torch.get_num_threads()
+    for rows in (1, 2, 15, 31, 32, 33, 64):
+        torch.set_num_threads(1 + rows % 3)
+        assert torch.equal(pygen.linear_decode(x[-rows:], packed, **more), whole[-rows:]), rows
+    torch.set_num_threads(before)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
+    others = x.clone()
+    others[1::2] = math.nan
+    assert torch.equal(pygen.linear_decode(x[order], packed, **more), whole[order])
+    assert torch.equal(pygen.linear_decode(others, packed, **more)[::2], whole[::2])
 
 
 @EVERY

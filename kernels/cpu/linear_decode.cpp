@@ -125,6 +125,10 @@ void to_words(const LinearDecodeArgs& args, const LinearRow& layout, const float
 
 void make_row(const LinearDecodeArgs& args, const LinearRow& layout, int64_t row) {
   char* const scratch = args.scratch + row * layout.bytes;
+  if (row >= args.rows / args.choices) {
+    std::memset(scratch, 0, layout.bytes);
+    return;
+  }
   float* const x = reinterpret_cast<float*>(scratch);
   const int64_t inputs = args.weight.inputs;
   for (int64_t i = 0; i < inputs; i += kBlock) {
@@ -492,6 +496,29 @@ void finish_panel(const LinearDecodeArgs& args, int64_t panel, const PanelRows& 
   }
 }
 
+// A library's product, a few panels at a time: they stay in the cache while all rows pass.
+void multiply_tiles(const LinearDecodeArgs& args, const LinearRow& layout, int64_t begin, int64_t end) {
+  constexpr int64_t kBytes = 512 << 10;
+  const PackedLinear& weight = args.weight;
+  const int64_t together = std::max<int64_t>(1, kBytes / weight.panel_bytes());
+  for (int64_t first = begin; first < end; first += together) {
+    for (int64_t row = 0; row < args.rows; row += PanelProduct::kRows) {
+      PanelRows rows;
+      rows.count = static_cast<int>(std::min(PanelProduct::kRows, args.rows - row));
+      for (int r = 0; r < rows.count; ++r) rows.number[r] = row + r;
+      const char* const words = args.scratch + row * layout.bytes + layout.words_at;
+      for (int64_t panel = first; panel < std::min(end, first + together); ++panel) {
+        alignas(64) float sums[PanelProduct::kRows * kPanel];
+        args.product.multiply(words, layout.bytes / 2,
+                              static_cast<const char*>(weight.data) + panel * weight.panel_bytes(),
+                              weight.padded_inputs(), sums);
+        finish_panel(args, panel, rows, sums);
+      }
+    }
+  }
+  args.product.finish();
+}
+
 }  // namespace
 
 void linear_decode_rows(const LinearDecodeArgs& args, int64_t begin, int64_t end) {
@@ -518,6 +545,7 @@ void linear_decode_experts(const LinearDecodeArgs& args, int64_t, int64_t) {
 
 void linear_decode(const LinearDecodeArgs& args, int64_t begin, int64_t end) {
   const LinearRow layout(args);
+  if (args.product.multiply != nullptr) return multiply_tiles(args, layout, begin, end);
   const PackedLinear& weight = args.weight;
   const auto bfloat16 = kAddsPairs && layout.words == 1 ? multiply_panel<BFloat16Weights<kAddsPairs>>
                                                         : multiply_panel<BFloat16Weights<false>>;

@@ -126,8 +126,8 @@ class Pages:
         self.tokens = 0
 
     def find(self, sequence: list[int]) -> None:
-        """Begin with the full pages that are known of a sequence, but for its last token."""
-        while (end := self.tokens + PAGE) < len(sequence):
+        """Begin with the full pages that are known of a sequence."""
+        while (end := self.tokens + PAGE) <= len(sequence):
             page = self.pool.find(self.list[-1] if self.list else None, tuple(sequence[self.tokens : end]))
             if page is None:
                 return
@@ -158,8 +158,8 @@ class Pages:
         return other
 
     def fill(self, sequence: list[int], tokens: int) -> None:
-        """So many tokens of a sequence are in the pages now: those that are full may be shared."""
-        for i in range(self.tokens // PAGE, tokens // PAGE):
+        """So many tokens are in the pages now; those that are full of a sequence's may be shared."""
+        for i in range(self.tokens // PAGE, min(tokens, len(sequence)) // PAGE):
             before = self.list[i - 1] if i > 0 else None
             self.pool.know(before, tuple(sequence[i * PAGE : (i + 1) * PAGE]), self.list[i])
         self.tokens = tokens

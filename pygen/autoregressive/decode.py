@@ -273,7 +273,7 @@ class Decoder:
             sequence = request._sequence
             if request._pages is None:
                 request._pages = Pages(self._pool)
-                request._pages.find(sequence)
+                request._pages.find(request._ahead)
             pages = request._pages
             end = min(pages.tokens + budget, len(sequence) - 1)
             try:
@@ -284,7 +284,7 @@ class Decoder:
                 return
             ran = end - pages.tokens
             if ran > 0:
-                self._prefill(pages, sequence, end)
+                self._prefill(request, pages, end)
             if end == len(sequence) - 1:
                 self._waiting.popleft()
                 self._running.append(request)
@@ -293,15 +293,19 @@ class Decoder:
             if budget <= 0:
                 return
 
-    def _prefill(self, pages: Pages, sequence: list[int], end: int) -> None:
-        """Run a sequence's tokens up to ``end``."""
-        begin = pages.tokens
+    def _prefill(self, request: Request, pages: Pages, end: int) -> None:
+        """Run a request's tokens up to ``end``: each as it would be without an interruption, the prompt's and then what
+        steps have run."""
         table = torch.full((1, self._pages), -1, dtype=torch.int32)
         pages.write(table[0])
-        tokens, first, lengths = torch.tensor([sequence[begin:end]]), torch.tensor([[begin]]), torch.tensor([end])
-        for model, layers in zip(self._models, self._pool.layers, strict=True):
-            model.hidden(tokens, first, lengths, table, layers)
-        pages.fill(sequence, end)
+        sequence, ahead = request._sequence, request._ahead
+        while pages.tokens < end:
+            begin, prompt = pages.tokens, pages.tokens < len(ahead)
+            until = min(end, len(ahead)) if prompt else end
+            tokens, first = torch.tensor([sequence[begin:until]]), torch.tensor([[begin]])
+            for model, layers in zip(self._models, self._pool.layers, strict=True):
+                model.hidden(tokens, first, torch.tensor([until]), table, layers, prompt=prompt)
+            pages.fill(ahead, until)
 
     def _reserve(self) -> None:
         """Room for one more token of every running request; the youngest give up theirs where there is none."""

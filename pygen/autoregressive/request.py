@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pygen.autoregressive.cache import PAGE, Pages
+from pygen.autoregressive.cache import Pages
 from pygen.autoregressive.prompt_lookup import PromptLookup
 from pygen.autoregressive.text import TextStream
 
@@ -76,10 +76,7 @@ class Request:
     def _take(self, token: int) -> None:
         """The next token, which may end it."""
         assert self._pages is not None
-        cached = self._pages.tokens + 1
-        if cached % PAGE == 0:
-            self._pages.fill(self._sequence, cached)
-        self._pages.tokens = cached
+        self._pages.tokens += 1
         self.tokens.append(token)
         if self._stream is not None:
             self.text += self._stream.put(token)
@@ -94,6 +91,11 @@ class Request:
     @property
     def _sequence(self) -> list[int]:
         return self.prompt + self.tokens
+
+    @property
+    def _ahead(self) -> list[int]:
+        """The tokens that are run before its first step: all of the prompt but the last."""
+        return self.prompt[:-1]
 
 
 def token_rows(ids: Any) -> list[Any]:

@@ -30,9 +30,11 @@ class Session:
         self._length = 0
         self._prepare()
         tokens = torch.tensor(prompts)
+        ahead = tokens.shape[1] - 1  # the last token is the first step's
         try:
-            for begin in range(0, tokens.shape[1], CHUNK):
-                self.logits = self._run(tokens[:, begin : begin + CHUNK])
+            for begin in range(0, ahead, CHUNK):
+                self._run_ahead(tokens[:, begin : min(begin + CHUNK, ahead)])
+            self.logits = self._run(tokens[:, ahead:])
         except BaseException:
             self.close()
             raise
@@ -46,32 +48,41 @@ class Session:
         self._table = torch.full((rows, self._pool.pages_of(self._model)), -1, dtype=torch.int32)
         self._program: Program[Tensor] | None = None
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        return self._model.hidden(tokens, self._first, self._lengths, self._table, self._pool.layers[0])
+    def _hidden(self, tokens: Tensor, prompt: bool) -> Tensor:
+        layers = self._pool.layers[0]
+        return self._model.hidden(tokens, self._first, self._lengths, self._table, layers, prompt=prompt)
+
+    @torch.inference_mode()
+    def _run_ahead(self, tokens: Tensor) -> None:
+        self._extend(tokens.shape[1])
+        self._hidden(tokens, prompt=True)
 
     @torch.inference_mode()
     def _run(self, tokens: Tensor) -> Tensor:
-        model, pool = self._model, self._pool
-        length = self._length + tokens.shape[1]
-        if length > model.config.positions:
-            raise ValueError(f"tokens: the model has {model.config.positions} positions, and they are full")
+        """Logits behind one token of each."""
+        self._extend(1)
+        self._tokens.copy_(tokens)
+        if self._program is None:
+            self._program = record(lambda: self._model.project(self._hidden(self._tokens, prompt=False)))
+        return self._program().clone()
+
+    def _extend(self, count: int) -> None:
+        """Room for so many tokens of each, which are run next."""
+        length = self._length + count
+        if length > self._model.config.positions:
+            raise ValueError(f"tokens: the model has {self._model.config.positions} positions, and they are full")
         for pages, row in zip(self._pages, self._table, strict=True):
             try:
                 if pages.reserve(length):
                     pages.write(row)
             except OutOfPages:
-                raise RuntimeError(f"the cache of {pool.pages * PAGE} tokens is full: give cache_tokens") from None
+                size = self._pool.pages * PAGE
+                raise RuntimeError(f"the cache of {size} tokens is full: give cache_tokens") from None
         self._first.fill_(self._length)
         self._lengths.fill_(length)
         self._length = length
         for pages in self._pages:
             pages.tokens = length
-        if tokens.shape[1] > 1:
-            return model.project(self._hidden(tokens).view(*tokens.shape, -1)[:, -1])
-        self._tokens.copy_(tokens)
-        if self._program is None:
-            self._program = record(lambda: model.project(self._hidden(self._tokens)))
-        return self._program().clone()
 
     def step(self, tokens: Tensor | Sequence[int]) -> Tensor:
         """Append a token to each sequence, (batch,); the logits of what may follow, which are the caller's to keep."""

@@ -119,7 +119,14 @@ class DecoderModel:
     position_embedding: Tensor | None = None
 
     def hidden(
-        self, tokens: Tensor, first: Tensor, lengths: Tensor, block_table: Tensor, cache: Sequence[LayerCache]
+        self,
+        tokens: Tensor,
+        first: Tensor,
+        lengths: Tensor,
+        block_table: Tensor,
+        cache: Sequence[LayerCache],
+        *,
+        prompt: bool = False,
     ) -> Tensor:
         """Runs all layers over the newest tokens of some sequences, and appends their keys and values to the cache.
 
@@ -129,6 +136,8 @@ class DecoderModel:
             lengths: int64 (batch,), how many tokens each sequence holds, these included: first + length.
             block_table: int32 (batch, pages), the cache's pages of each sequence.
             cache: of each layer.
+            prompt: whether they are many, for which there are faster products (``linear_decode``'s ``blocked``); their
+                bits are then those that they have in any other such call, and not those of steps.
 
         Returns:
             (batch * length, width), in ``dtype``, for ``project``.
@@ -143,9 +152,9 @@ class DecoderModel:
         )  # fmt: skip
         x = x.view(batch * length, -1)
         for layer, kv in zip(self.layers, cache, strict=True):
-            y = self._attend(layer, x, (batch, length), lengths, block_table, kv)
-            attended = self._add(x, y, layer.merge, layer.after_attention)
-            x = self._mlp(layer, x if config.parallel else attended, attended)
+            y = self._attend(layer, x, (batch, length), lengths, block_table, kv, prompt)
+            attended = self._add(x, y, layer.merge, layer.after_attention, prompt)
+            x = self._mlp(layer, x if config.parallel else attended, attended, prompt)
         return x
 
     def project(self, x: Tensor) -> Tensor:
@@ -160,11 +169,12 @@ class DecoderModel:
         lengths: Tensor,
         block_table: Tensor,
         kv: LayerCache,
+        blocked: bool,
     ) -> Tensor:
         """What the heads give, (rows, heads * head_dim)."""
         config, length = self.config, shape[1]
         heads = (config.heads, config.kv_heads, config.kv_heads)
-        qkv = linear_decode(x, *layer.qkv, **self._normed(layer.attention_norm))
+        qkv = linear_decode(x, *layer.qkv, **self._normed(layer.attention_norm), blocked=blocked)
         q, k, v = qkv.view(*shape, -1, config.head_dim).transpose(1, 2).split(heads, dim=1)
         scales: dict[str, Any] = {"k_scale": kv.k_scale, "v_scale": kv.v_scale}
         turned = cache_append(
@@ -182,12 +192,12 @@ class DecoderModel:
             )  # fmt: skip
         return out.transpose(1, 2).view(shape[0] * length, -1)
 
-    def _mlp(self, layer: Layer, x: Tensor, residual: Tensor) -> Tensor:
+    def _mlp(self, layer: Layer, x: Tensor, residual: Tensor, blocked: bool) -> Tensor:
         """residual + mlp(norm(x))."""
         normed, activation = self._normed(layer.mlp_norm), self.config.activation
         if layer.up is not None and layer.down is not None:
-            y = linear_decode(x, *layer.up, **normed, activation=activation)
-            return self._add(residual, y, layer.down, layer.after_mlp)
+            y = linear_decode(x, *layer.up, **normed, activation=activation, blocked=blocked)
+            return self._add(residual, y, layer.down, layer.after_mlp, blocked)
         assert layer.experts is not None
         router, up, down, top_k, normalise = layer.experts
         experts, weights = route_experts(linear_decode(x, router, **normed), top_k, normalise=normalise)
@@ -198,11 +208,11 @@ class DecoderModel:
         linear_decode(y, down, experts=experts, out=shares)
         return combine_experts(shares, weights, residual=residual)
 
-    def _add(self, x: Tensor, y: Tensor, linear: Linear, norm: Tensor | None) -> Tensor:
+    def _add(self, x: Tensor, y: Tensor, linear: Linear, norm: Tensor | None, blocked: bool) -> Tensor:
         """x + norm(linear(y))."""
         if norm is None:
-            return linear_decode(y, *linear, residual=x)
-        y = rms_norm(linear_decode(y, *linear), norm, self.config.eps)
+            return linear_decode(y, *linear, residual=x, blocked=blocked)
+        y = rms_norm(linear_decode(y, *linear, blocked=blocked), norm, self.config.eps)
         return rms_norm(y, residual=x)[1]  # of which only the sum is wanted
 
     def _normed(self, norm: Norm) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def linear_decode(
     eps: float = 1e-6,
     soft_cap: float | None = None,
     experts: Tensor | None = None,
+    blocked: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """activation(norm(x) W^T + bias) + residual; where the weight is gated, activation(gate) * up + residual.
@@ -65,6 +66,9 @@ def linear_decode(
             a layer without activation and gate.
         experts: int64 (..., choices), contiguous, read through a pointer, as ``route_experts`` makes them; without
             bias. One that there is not counts as a layer of zeros on a GPU, and in a program that is replayed.
+        blocked: whether bfloat16 rows may meet bfloat16 weights in torch's blocked matrix product, where a CPU has one:
+            several times faster from some tens of rows on, and in multiples of 32. A row's bits are then those that it
+            has in any other blocked call, and not those of a call that is not.
         out: (..., outputs), or with experts (..., choices, outputs), in x's dtype or float32, which from halves
             takes int8 and int4 twice the products; may be ``residual``. New, in x's dtype, where left out.
 
@@ -85,7 +89,9 @@ def linear_decode(
         rows, to = x.flatten(0, -2), out.view(-1, out.shape[-1])
         residual = None if residual is None else residual.flatten(0, -2)
         experts = None if experts is None else experts.flatten(0, -2)
-    _kernel(rows, *weight, bias, residual, activation, norm, norm_weight, norm_bias, eps, soft_cap, experts, to)
+    _kernel(
+        rows, *weight, bias, residual, activation, norm, norm_weight, norm_bias, eps, soft_cap, experts, blocked, to
+    )
     return out
 
 
@@ -153,6 +159,7 @@ def _example(name: str, x: Tensor, weight: PackedLinear, **more: Any) -> Example
     arguments["weight"] = arguments.pop("data")
     arguments |= {"bias": None, "residual": None, "activation": "none", "norm": "none"}
     arguments |= {"norm_weight": None, "norm_bias": None, "eps": 1e-6, "soft_cap": None, "experts": None}
+    arguments["blocked"] = False
     rows = more["experts"].numel() if "experts" in more else x.shape[0]
     out = torch.full((rows, weight.outputs), math.nan, dtype=more.pop("to", x.dtype))
     return Example(name, arguments | {"out": out} | more)
@@ -221,6 +228,11 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
                     yield _example(f"{name}, a row to each", x(rows * choices, inputs), weight, **own)
                 alike = torch.full((24, 1), count - 1)
                 yield _example(f"{name}, all alike", x(24, inputs), weight, experts=alike, norm="rms")
+    for gated in (False, True):
+        for rows in (24, 70):
+            weight = pack_linear(draw(45, 203), draw(45, 203) if gated else None, format="bfloat16")
+            more = {"bias": draw(45 * (1 + gated)), "residual": x(rows, 45), "norm": "rms", "activation": "silu"}
+            yield _example(f"blocked{', gated' if gated else ''}, {rows}", x(rows, 203), weight, blocked=True, **more)
     layer = pack_linear(draw(64, 256), format="bfloat16")
     yield _example("latents", x(24, 256), layer)
     out = x(24, 64)
@@ -257,7 +269,9 @@ def _bytes_moved(example: Example) -> int:
 SPEC = OpSpec(
     name="linear_decode",
     function=_flat(linear_decode),
-    reference=_flat(lambda out, **arguments: (linear_decode_reference(**arguments).to(out.dtype).view(out.shape),)),
+    reference=_flat(
+        lambda out, blocked, **arguments: (linear_decode_reference(**arguments).to(out.dtype).view(out.shape),)
+    ),
     operator=_kernel,
     outputs=("out",),
     backends=_BACKENDS,

@@ -5,11 +5,11 @@
 //   - float32 weights, and bfloat16 ones unless x is bfloat16: floats.
 //   - bfloat16 weights and x: bfloat16, after the norm. Of each two products the second is added first, each with one
 //     rounding, as the CPU's BF16 dot product does it.
-//   - codes: whole numbers times a power of two, which a chunk of up to 128 inputs has in common; of 16 bits where x
-//   and
+//   - codes: whole numbers times a power of two, which a chunk of up to 128 inputs has in common; of 16 bits where x and
 //     out are halves, which leaves x off by at most 2^-15 of the chunk's largest, else of 31. Their products with the
 //     codes add up without rounding, so that a chunk is rounded once. What is not finite is left out and multiplied as
 //     floats.
+// Or, of bfloat16 weights and x, by a library's product of tiles, which knows matrix units and an order of its own.
 #pragma once
 
 #include "pygen/gated_unit.h"
@@ -19,6 +19,13 @@
 namespace pygen {
 
 enum class LinearNorm : int32_t { kNone, kRms, kLayer };
+
+// A library's product: sums (kRows, kPanel) of kRows rows of bfloat16, `stride` elements apart, and a panel of bfloat16.
+struct PanelProduct {
+  static constexpr int64_t kRows = 32;
+  void (*multiply)(const void* rows, int64_t stride, const void* panel, int64_t inputs, float* sums);
+  void (*finish)();  // for each thread that has multiplied
+};
 
 struct LinearDecodeArgs {
   PackedLinear weight;  // or a stack of expert_count of them, one behind the other
@@ -35,7 +42,8 @@ struct LinearDecodeArgs {
   Activation activation;
   float soft_cap;  // 0: none
   double eps;
-  char* scratch;  // 64-byte aligned: linear_decode_scratch(args); on a GPU, linear_decode_workspace(args)
+  PanelProduct product;  // null where the rows are multiplied here; not with experts
+  char* scratch;         // 64-byte aligned: linear_decode_scratch(args); on a GPU, linear_decode_workspace(args)
 };
 
 // A chunk of a row against codes: x = scale * (2^15 upper + lower), or scale * upper.
@@ -69,6 +77,7 @@ struct LinearRow {
     words_at = inputs * 4;
     chunks_at = words_at + inputs * 2 * words;
     bytes = chunks_at + (chunks * int64_t{sizeof(LinearChunk)} + 63) / 64 * 64;
+    bytes += bytes / 64 % 2 == 0 ? 64 : 0;  // or several rows would meet in few sets of a cache
   }
 };
 
@@ -89,11 +98,18 @@ struct ExpertRows {
   }
 };
 
-constexpr int64_t linear_decode_scratch(const LinearDecodeArgs& args) {
-  return args.rows / args.choices * LinearRow(args).bytes + (args.experts == nullptr ? 0 : ExpertRows::bytes(args));
+// Rows in the scratch memory: those of x, and zeros up to a whole tile of a library's product.
+constexpr int64_t linear_decode_rows_made(const LinearDecodeArgs& args) {
+  constexpr int64_t tile = PanelProduct::kRows;
+  return args.product.multiply == nullptr ? args.rows / args.choices : (args.rows + tile - 1) / tile * tile;
 }
 
-// Over rows of x: what the products take of them, into the scratch memory.
+constexpr int64_t linear_decode_scratch(const LinearDecodeArgs& args) {
+  return linear_decode_rows_made(args) * LinearRow(args).bytes +
+         (args.experts == nullptr ? 0 : ExpertRows::bytes(args));
+}
+
+// Over rows in the scratch memory: what the products take of them.
 PYGEN_CPU_KERNEL(linear_decode_rows, LinearDecodeArgs)
 // Over [0, 1), where there are experts: the ExpertRows.
 PYGEN_CPU_KERNEL(linear_decode_experts, LinearDecodeArgs)

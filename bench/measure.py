@@ -14,6 +14,7 @@ Call = Callable[[], object]
 CPU = torch.device("cpu")
 LEAST_ROUNDS = 5
 BURST = 0.002  # seconds that short calls are repeated for, so that the clock's own cost does not count
+SPIN = 0.02  # seconds that OpenMP's threads stay awake behind a call, in the way of whoever has threads of its own
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def interleaved(calls: Mapping[str, Call], seconds: float = 1.0, device: torch.d
     rounds = 0
     while time.perf_counter() < end or rounds < LEAST_ROUNDS:
         for name, call in calls.items():
+            if repeats[name] == 1:
+                time.sleep(SPIN)
             times[name].append(clock(call, repeats[name]))
         rounds += 1
     return {name: Spread(*quantiles(values, n=4, method="inclusive")) for name, values in times.items()}

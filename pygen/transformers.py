@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from pygen.autoregressive.beam_search import beam_search
+from pygen.autoregressive.cache import PAGE
 from pygen.autoregressive.checkpoints import build, check_packing, read_plan
 from pygen.autoregressive.decode import Decoder
 from pygen.autoregressive.request import Request
@@ -35,17 +38,17 @@ _SHARES = ("top_p", "typical_p")  # of which transformers takes 1 and more for a
 _DONE = {
     "inputs", "input_ids", "attention_mask", "generation_config", "streamer", "max_length", "max_new_tokens",
     "do_sample", *_SAMPLING, "repetition_penalty", "num_return_sequences", "eos_token_id", "pad_token_id",
-    "bos_token_id",
+    "bos_token_id", "num_beams", "length_penalty", "early_stopping",
 }  # fmt: skip
 # ... what changes nothing, or nothing without a setting that is not done, ...
 _IDLE = {
-    "use_cache", "disable_compile", "compile_config", "transformers_version", "tokenizer", "length_penalty",
-    "early_stopping", "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "use_cache", "disable_compile", "compile_config", "transformers_version", "tokenizer", "max_matching_ngram_size",
+    "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "decoder_start_token_id",
 }  # fmt: skip
 # ... and what does with this value. Of everything else, only what is empty, 0 or False.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "encoder_repetition_penalty": (1,), "guidance_scale": (1,),
+    "num_beam_groups": (1,), "encoder_repetition_penalty": (1,), "guidance_scale": (1,),
     "cache_implementation": ("dynamic", "hybrid"),
 }  # fmt: skip
 
@@ -210,6 +213,10 @@ class Generate:
             sampling["seed"] = int(torch.randint(2**63 - 1, ()))
         stops = _token_ids(generation_config.eos_token_id)
         pad = (_token_ids(generation_config.pad_token_id) or stops or [0])[0]
+        if (generation_config.num_beams or 1) > 1:
+            if streamer is not None or len(sampling) > 1 or sampling["repetition_penalty"] != 1.0:
+                raise _NotDone("num_beams with a streamer, do_sample or repetition_penalty")
+            return self._search(input_ids, rows, new, stops, pad, generation_config)
         columns = []
         with self._lock:
             decoder = self.decoder()
@@ -225,6 +232,25 @@ class Generate:
         if streamer is not None:
             streamer.end()
         return torch.cat([input_ids, torch.stack(columns, dim=1)], dim=1)
+
+    def _search(
+        self, input_ids: Tensor, rows: list[list[int]], new: int, stops: list[int], pad: int, config: Any
+    ) -> Tensor:
+        """Beam search, on prompts that transformers has repeated."""
+        beams, kept = config.num_beams, config.num_return_sequences or 1
+        penalty = 1.0 if config.length_penalty is None else config.length_penalty
+        found: list[Tensor] = []
+        with self._lock:
+            decoder = self.decoder()
+            longest = max(map(len, rows)) + new
+            if longest > decoder.model.config.positions or beams * (longest + PAGE) > decoder.cache_tokens:
+                raise _NotDone(f"num_beams of {longest} tokens each, without more cache_tokens,")
+            for row in rows[::beams]:
+                with decoder.prefill(row) as session:
+                    best = beam_search(session, new, beams, stops, penalty, config.early_stopping or False)
+                found += [torch.tensor(beam.tokens) for beam in best[:kept]]
+        tokens = pad_sequence(found, batch_first=True, padding_value=pad or (stops or [0])[0])
+        return torch.cat([input_ids[::beams].repeat_interleave(kept, dim=0), tokens], dim=1)
 
 
 def _columns(

@@ -93,6 +93,14 @@ CALLS: dict[str, dict[str, Any]] = {
     "samples": {
         "inputs": PROMPT, "max_new_tokens": 4, "do_sample": True, "top_k": 1, "num_return_sequences": 3,
     },
+    "beams": {**PADDED, "max_new_tokens": 20, "num_beams": 4, "num_return_sequences": 3, "early_stopping": True,
+              "eos_token_id": [5, 60, 61, 62, 120, 121], "pad_token_id": 7, "length_penalty": 0.6},
+    "beams of a configuration": {
+        "inputs": PROMPT,
+        "generation_config": transformers.GenerationConfig(
+            num_beams=3, max_new_tokens=30, eos_token_id=[5, 60, 61, 62, 120, 121], early_stopping="never"
+        ),
+    },
     "no padding token": {"inputs": PROMPT, "max_new_tokens": 30, "eos_token_id": [5, 60, 61, 62, 120, 121]},
     "a configuration": {
         "inputs": PROMPT,
@@ -115,7 +123,7 @@ def test_calls_as_transformers_answers_them(name: str, model: Any) -> None:
     calls = []
     for _ in range(2):
         streamer = Recorder()
-        if name == "samples":
+        if name == "samples" or name.startswith("beams"):
             calls.append((model.generate(**CALLS[name]), []))
         else:
             calls.append((model.generate(**CALLS[name], streamer=streamer), streamer.heard))
@@ -172,8 +180,7 @@ def test_draws_are_distributed_as_transformers(model: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("num_beams", {"num_beams": 2}),
-        ("num_beams", {"generation_config": transformers.GenerationConfig(num_beams=2, max_new_tokens=6)}),
+        ("num_beams with a streamer, do_sample or repetition_penalty", {"num_beams": 2, "repetition_penalty": 1.5}),
         ("return_dict_in_generate", {"return_dict_in_generate": True}),
         ("logits_processor", {"logits_processor": [lambda ids, scores: -scores]}),
         ("stopping_criteria", {"stopping_criteria": [lambda ids, scores: torch.ones(len(ids), dtype=torch.bool)]}),

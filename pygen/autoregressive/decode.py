@@ -127,6 +127,10 @@ class Decoder:
         return cls(model, stop_tokens=stop, tokenizer=files.tokenizer, **options)
 
     @property
+    def cache_tokens(self) -> int:
+        return self._pool.pages * PAGE
+
+    @property
     def has_text(self) -> bool:
         return self._tokenizer_file is not None
 
@@ -192,10 +196,10 @@ class Decoder:
                 f"max_new_tokens: a prompt of {len(prompt)} and {max_new_tokens} new tokens are more than the "
                 f"{self.model.config.positions} positions of the model"
             )
-        if length > self._pool.pages * PAGE:
+        if length > self.cache_tokens:
             raise ValueError(
                 f"max_new_tokens: a prompt of {len(prompt)} and {max_new_tokens} new tokens do not fit in a cache of "
-                f"{self._pool.pages * PAGE}: give cache_tokens"
+                f"{self.cache_tokens}: give cache_tokens"
             )
 
     def cancel(self, request: Request) -> None:

@@ -128,7 +128,8 @@ bool torch_multiplies() {
   }
   const at::Tensor scratch = reserve_scratch(args, linear_decode_scratch(args), x);
   cpu.keep(scratch);
-  cpu.run(linear_decode_rows, args, linear_decode_rows_made(args), std::max<int64_t>(1, kMoveGrain / args.weight.inputs));
+  cpu.run(linear_decode_rows, args, linear_decode_rows_made(args),
+          std::max<int64_t>(1, kMoveGrain / args.weight.inputs));
   const int64_t panels = args.weight.panels(), grain = std::max<int64_t>(1, kWeightGrain / args.weight.panel_bytes());
   if (args.experts == nullptr) return cpu.run(linear_decode, args, panels, grain);
   cpu.run(linear_decode_experts, args, 1, 1);

@@ -5,10 +5,10 @@
 //   - float32 weights, and bfloat16 ones unless x is bfloat16: floats.
 //   - bfloat16 weights and x: bfloat16, after the norm. Of each two products the second is added first, each with one
 //     rounding, as the CPU's BF16 dot product does it.
-//   - codes: whole numbers times a power of two, which a chunk of up to 128 inputs has in common; of 16 bits where x and
-//     out are halves, which leaves x off by at most 2^-15 of the chunk's largest, else of 31. Their products with the
-//     codes add up without rounding, so that a chunk is rounded once. What is not finite is left out and multiplied as
-//     floats.
+//   - codes: whole numbers times a power of two, which a chunk of up to 128 inputs has in common; of 16 bits where x
+//     and out are halves, which leaves x off by at most 2^-15 of the chunk's largest, else of 31. Their products with
+//     the codes add up without rounding, so that a chunk is rounded once. What is not finite is left out and multiplied
+//     as floats.
 // Or, of bfloat16 weights and x, by a library's product of tiles, which knows matrix units and an order of its own.
 #pragma once
 
@@ -20,7 +20,7 @@ namespace pygen {
 
 enum class LinearNorm : int32_t { kNone, kRms, kLayer };
 
-// A library's product: sums (kRows, kPanel) of kRows rows of bfloat16, `stride` elements apart, and a panel of bfloat16.
+// A library's product of bfloat16: sums (kRows, kPanel) of kRows rows, `stride` elements apart, and a panel.
 struct PanelProduct {
   static constexpr int64_t kRows = 32;
   void (*multiply)(const void* rows, int64_t stride, const void* panel, int64_t inputs, float* sums);

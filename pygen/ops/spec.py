@@ -14,10 +14,14 @@ SPECS: dict[str, OpSpec] = {}
 
 @dataclass(frozen=True)
 class Example:
-    """Keyword arguments for an op's public function, the tensors it writes included."""
+    """Keyword arguments for an op's public function, the tensors it writes included.
+
+    library: whether a library's matrix product has a part in it, which has bits of its own on each machine.
+    """
 
     name: str
     arguments: dict[str, Any]
+    library: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 #include "pygen/linear_decode.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 
 #include "backend.h"
 #include "operands.h"
+#include "tile_product.h"
 
 namespace pygen {
 namespace {
@@ -99,33 +99,9 @@ at::Tensor reserve_scratch(LinearDecodeArgs& args, int64_t bytes, const at::Tens
   return scratch;
 }
 
-void multiply(const void* rows, int64_t stride, const void* panel, int64_t inputs, float* sums) {
-  at::native::cpublas::brgemm(PanelProduct::kRows, kPanel, inputs, stride, kPanel, kPanel, /*add_C=*/false,
-                              static_cast<const at::BFloat16*>(rows), static_cast<const at::BFloat16*>(panel), sums);
-}
-
-// Whether torch can do it on this machine, which it tells by an error.
-bool torch_multiplies() {
-  static const bool can = [] {
-    alignas(64) at::BFloat16 ones[PanelProduct::kRows * 2];
-    alignas(64) float sums[PanelProduct::kRows * kPanel] = {};
-    std::fill(std::begin(ones), std::end(ones), at::BFloat16(1.0f));
-    try {
-      multiply(ones, 2, ones, 2, sums);
-    } catch (const c10::Error&) {
-      return false;
-    }
-    at::native::cpublas::brgemm_release();
-    return std::all_of(std::begin(sums), std::end(sums), [](float sum) { return sum == 2.0f; });
-  }();
-  return can;
-}
-
 [[maybe_unused]] void launch(const Cpu& cpu, LinearDecodeArgs& args, const at::Tensor& x, bool blocked) {
   const bool pairs = args.weight.format == WeightFormat::kBFloat16 && args.x.dtype == DType::kBFloat16;
-  if (blocked && pairs && args.experts == nullptr && isa() == Isa::kAvx512Bf16 && torch_multiplies()) {
-    args.product = {multiply, [] { at::native::cpublas::brgemm_release(); }};
-  }
+  if (blocked && pairs && args.experts == nullptr) args.product = torch_tile_product();
   const at::Tensor scratch = reserve_scratch(args, linear_decode_scratch(args), x);
   cpu.keep(scratch);
   cpu.run(linear_decode_rows, args, linear_decode_rows_made(args),

@@ -7,6 +7,7 @@ from pygen.autoregressive.decode import Decoder
 from pygen.diffusion.plan import StepPlan, plan
 from pygen.diffusion.sample import sample
 from pygen.ops.affine_step import affine_step
+from pygen.ops.attention import attention
 from pygen.ops.backend import backend
 from pygen.ops.cache_append import cache_append
 from pygen.ops.combine_experts import combine_experts
@@ -44,6 +45,7 @@ __all__ = [
     "WatermarkScore",
     "accelerate",
     "affine_step",
+    "attention",
     "backend",
     "cache_append",
     "combine_experts",

@@ -157,11 +157,11 @@ void make_row(const LinearDecodeArgs& args, const LinearRow& layout, int64_t row
 
 // ---- Products ------------------------------------------------------------------------------------------------------
 
-inline constexpr int kTile = 2;                         // vectors of outputs that are computed together,
-inline constexpr int kTileRows = kLanes == 16 ? 8 : 4;  // and rows: what the registers hold
-inline constexpr int kLine = kPanel * 4;                // bytes of a panel that one vector of each output fills
-inline constexpr int kRowsTogether = 64;                // rows that meet a panel before the next one
-inline constexpr int64_t kFetchAhead = 4096;            // bytes
+inline constexpr int kTile = 2;                           // vectors of outputs that are computed together,
+inline constexpr int kRowsInside = kLanes == 16 ? 8 : 4;  // and rows: what the registers hold
+inline constexpr int kLine = kPanel * 4;                  // bytes of a panel that one vector of each output fills
+inline constexpr int kRowsTogether = 64;                  // rows that meet a panel before the next one
+inline constexpr int64_t kFetchAhead = 4096;              // bytes
 
 // The rows that meet a panel: their numbers in out, and where the scratch memory has what they are made of.
 struct PanelRows {
@@ -205,7 +205,7 @@ PYGEN_INLINE void fetch(const char* line) { __builtin_prefetch(line + kFetchAhea
 
 struct Float32Weights {
   static constexpr int64_t kUnits = 64;  // inputs
-  static constexpr int kMostRows = kTileRows;
+  static constexpr int kMostRows = kRowsInside;
 
   template <int kRows>
   static void multiply(const Tile& tile) {
@@ -240,7 +240,7 @@ inline constexpr bool kAddsPairs = false;
 template <bool kPairs>
 struct BFloat16Weights {
   static constexpr int64_t kUnits = 64;  // pairs of inputs
-  static constexpr int kMostRows = kTileRows;
+  static constexpr int kMostRows = kRowsInside;
 
   template <int kRows>
   static void multiply(const Tile& tile) {
@@ -290,7 +290,7 @@ PYGEN_INLINE I32 add_products(I32 sum, U32 a, U32 b) {
 template <int kBits, int kWords>
 struct Codes {
   static constexpr int64_t kUnits = 4;  // chunks
-  static constexpr int kMostRows = kTileRows / kWords;
+  static constexpr int kMostRows = kRowsInside / kWords;
   static constexpr int kPairs = 16 / kBits;  // in a word of the weight
   static constexpr uint32_t kMask = kBits == 8 ? 0x00ff00ffu : 0x000f000fu;
 
@@ -502,16 +502,16 @@ void multiply_tiles(const LinearDecodeArgs& args, const LinearRow& layout, int64
   const PackedLinear& weight = args.weight;
   const int64_t together = std::max<int64_t>(1, kBytes / weight.panel_bytes());
   for (int64_t first = begin; first < end; first += together) {
-    for (int64_t row = 0; row < args.rows; row += PanelProduct::kRows) {
+    for (int64_t row = 0; row < args.rows; row += kTileRows) {
       PanelRows rows;
-      rows.count = static_cast<int>(std::min(PanelProduct::kRows, args.rows - row));
+      rows.count = static_cast<int>(std::min(kTileRows, args.rows - row));
       for (int r = 0; r < rows.count; ++r) rows.number[r] = row + r;
       const char* const words = args.scratch + row * layout.bytes + layout.words_at;
       for (int64_t panel = first; panel < std::min(end, first + together); ++panel) {
-        alignas(64) float sums[PanelProduct::kRows * kPanel];
-        args.product.multiply(words, layout.bytes / 2,
-                              static_cast<const char*>(weight.data) + panel * weight.panel_bytes(),
-                              weight.padded_inputs(), sums);
+        alignas(64) float sums[kTileRows * kPanel];
+        args.product.bfloat16(kTileRows, kPanel, weight.padded_inputs(), layout.bytes / 2, kPanel, kPanel,
+                              /*add=*/false, words,
+                              static_cast<const char*>(weight.data) + panel * weight.panel_bytes(), sums);
         finish_panel(args, panel, rows, sums);
       }
     }
@@ -545,7 +545,7 @@ void linear_decode_experts(const LinearDecodeArgs& args, int64_t, int64_t) {
 
 void linear_decode(const LinearDecodeArgs& args, int64_t begin, int64_t end) {
   const LinearRow layout(args);
-  if (args.product.multiply != nullptr) return multiply_tiles(args, layout, begin, end);
+  if (args.product.bfloat16 != nullptr) return multiply_tiles(args, layout, begin, end);
   const PackedLinear& weight = args.weight;
   const auto bfloat16 = kAddsPairs && layout.words == 1 ? multiply_panel<BFloat16Weights<kAddsPairs>>
                                                         : multiply_panel<BFloat16Weights<false>>;

@@ -2,6 +2,7 @@
 
 from pygen.ops import (
     affine_step,
+    attention,
     cache_append,
     combine_experts,
     decode_attention,
@@ -32,6 +33,7 @@ __all__ = [
     "Example",
     "OpSpec",
     "affine_step",
+    "attention",
     "cache_append",
     "combine_experts",
     "decode_attention",

@@ -15,17 +15,11 @@
 #include "pygen/gated_unit.h"
 #include "pygen/isa.h"
 #include "pygen/packed_linear.h"
+#include "pygen/tile_product.h"
 
 namespace pygen {
 
 enum class LinearNorm : int32_t { kNone, kRms, kLayer };
-
-// A library's product of bfloat16: sums (kRows, kPanel) of kRows rows, `stride` elements apart, and a panel.
-struct PanelProduct {
-  static constexpr int64_t kRows = 32;
-  void (*multiply)(const void* rows, int64_t stride, const void* panel, int64_t inputs, float* sums);
-  void (*finish)();  // for each thread that has multiplied
-};
 
 struct LinearDecodeArgs {
   PackedLinear weight;  // or a stack of expert_count of them, one behind the other
@@ -42,8 +36,8 @@ struct LinearDecodeArgs {
   Activation activation;
   float soft_cap;  // 0: none
   double eps;
-  PanelProduct product;  // null where the rows are multiplied here; not with experts
-  char* scratch;         // 64-byte aligned: linear_decode_scratch(args); on a GPU, linear_decode_workspace(args)
+  TileProduct product;  // without bfloat16 where the rows are multiplied here; not with experts
+  char* scratch;        // 64-byte aligned: linear_decode_scratch(args); on a GPU, linear_decode_workspace(args)
 };
 
 // A chunk of a row against codes: x = scale * (2^15 upper + lower), or scale * upper.
@@ -98,10 +92,13 @@ struct ExpertRows {
   }
 };
 
-// Rows in the scratch memory: those of x, and zeros up to a whole tile of a library's product.
+// Rows that a library's product takes, always so many, so that a row's bits do not depend on their number.
+inline constexpr int64_t kTileRows = 32;
+
+// Rows in the scratch memory: those of x, and zeros up to a whole tile.
 constexpr int64_t linear_decode_rows_made(const LinearDecodeArgs& args) {
-  constexpr int64_t tile = PanelProduct::kRows;
-  return args.product.multiply == nullptr ? args.rows / args.choices : (args.rows + tile - 1) / tile * tile;
+  if (args.product.bfloat16 == nullptr) return args.rows / args.choices;
+  return (args.rows + kTileRows - 1) / kTileRows * kTileRows;
 }
 
 constexpr int64_t linear_decode_scratch(const LinearDecodeArgs& args) {

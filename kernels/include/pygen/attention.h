@@ -1,0 +1,55 @@
+// attention: softmax(scale q k^T + mask) v of many queries, a block of keys at a time with a running maximum (Milakov &
+// Gimelshein 2018; FlashAttention, Dao et al. 2022): scores are never stored but for a block's.
+//
+// Keys and values are first packed into what the products of tiles take, once for all queries. Operands, sums and
+// weights are bfloat16, float32 and bfloat16 where all of q, k and v are bfloat16, else float32.
+#pragma once
+
+#include "pygen/isa.h"
+#include "pygen/operand.h"
+#include "pygen/tile_product.h"
+
+namespace pygen {
+
+inline constexpr int64_t kMostHeadDim = 256;
+inline constexpr int64_t kNoBand = int64_t{1} << 62;
+
+struct AttentionArgs {
+  int64_t batch, heads, kv_heads, queries, keys, head_dim;
+  Operand q, k, v, out;    // strides of batch, heads, positions, head_dim
+  Operand mask;            // likewise, of (batch, heads, queries, keys): added to the scores, or bool: what is seen
+  const int64_t* lengths;  // of the keys of each sample; null: all
+  int64_t lengths_stride;
+  int64_t before, after;  // query i sees keys i - before to i + after
+  float scale;
+  TileProduct product;  // what it lacks is done here
+  char* packed;         // 64-byte aligned: AttentionLayout(args).bytes
+};
+
+// The packed keys and values.
+struct AttentionLayout {
+  static constexpr int64_t kQueries = 256, kKeys = 256;  // of a tile
+  bool halves;                                           // bfloat16
+  int64_t depth, width;                                  // padded head_dim: of keys, of values
+  int64_t blocks;                                        // of keys
+  int64_t key_bytes, block_bytes, bytes;
+
+  constexpr explicit AttentionLayout(const AttentionArgs& args) {
+    halves = args.product.bfloat16 != nullptr && args.q.dtype == DType::kBFloat16 && args.k.dtype == DType::kBFloat16 &&
+             args.v.dtype == DType::kBFloat16;
+    depth = (args.head_dim + 1) / 2 * 2;
+    width = (args.head_dim + 15) / 16 * 16;
+    blocks = (args.keys + kKeys - 1) / kKeys;
+    const int64_t size = halves ? 2 : 4;
+    key_bytes = depth * kKeys * size;  // (depth, kKeys), and behind it (kKeys, width)
+    block_bytes = key_bytes + width * kKeys * size;
+    bytes = args.batch * args.kv_heads * blocks * block_bytes;
+  }
+};
+
+// Over blocks of keys, of all samples and heads of keys.
+PYGEN_CPU_KERNEL(attention_pack, AttentionArgs)
+// Over tiles of queries, of all samples and heads.
+PYGEN_CPU_KERNEL(attention, AttentionArgs)
+
+}  // namespace pygen

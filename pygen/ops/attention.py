@@ -1,0 +1,205 @@
+"""attention: softmax(q k^T scale + mask) v of many queries, as scaled_dot_product_attention (Vaswani et al. 2017).
+
+Computed a block of keys at a time with a running maximum (FlashAttention, Dao et al. 2022), the products by torch's
+blocked matrix product on packed keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pygen.ops.backend import use_reference
+from pygen.ops.spec import Example, OpSpec, tensor_bytes
+
+_BACKENDS = ("reference", "cpu")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention of q over k and v; layouts and terms are scaled_dot_product_attention's. Without gradients as yet.
+
+    A query that sees no key gives zeros. A sample's result does not depend on the others, nor on the number of threads.
+    In bfloat16 the weights are rounded to bfloat16, and sums are float32; float16 is computed in float32.
+
+    Args:
+        q: (batch, heads, queries, head_dim), float32, bfloat16 or float16, of any strides; head_dim up to 256; heads a
+            multiple of kv_heads: query head h reads kv head h // (heads // kv_heads).
+        k, v: (batch, kv_heads, keys, head_dim), in q's dtype, of any strides.
+        mask: broadcast to (batch, heads, queries, keys): bool, True where a key is seen; or float32 or q's dtype, added
+            to the scores.
+        lengths: int64 (batch,): how many keys each sample has; what lies behind them is not read.
+        causal: query i sees the keys up to i.
+        window: and of those, or of all, the ones less than so far from i.
+        scale: of q k^T; 1 / sqrt(head_dim) where left out.
+        out: q's shape and dtype, receives the result; new where left out.
+
+    Returns:
+        (batch, heads, queries, head_dim) in q's dtype, or ``out``.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if out is None:
+        out = torch.empty_like(q)
+    settings: dict[str, Any] = {"mask": mask, "lengths": lengths, "causal": causal, "window": window, "scale": scale}
+    if use_reference("attention", _BACKENDS, q.device):
+        return out.copy_(attention_reference(q, k, v, **settings)[0])
+    _kernel(q, k, v, *settings.values(), out)
+    return out
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor]:
+    """In float32 or better, but for bfloat16's weights."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (tensor.to(compute).repeat_interleave(groups, dim=1) for tensor in (k, v))
+    ahead = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if causal:
+        seen = seen & (ahead <= 0)
+    if window is not None:
+        seen = seen & (ahead.abs() < window)
+    if lengths is not None:
+        within = torch.arange(k.shape[2], device=q.device) < lengths.view(-1, 1, 1, 1)
+        seen = seen & within
+        k, v = (torch.where(within.transpose(2, 3), tensor, 0) for tensor in (k, v))
+    scores = q.to(compute) @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        scores = scores + mask.to(compute)
+    scores = torch.where(seen, scores, -math.inf)
+    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0, scores.softmax(-1))
+    if q.dtype == torch.bfloat16:
+        weights = weights.to(q.dtype).to(compute)
+    return ((weights @ v).to(q.dtype),)
+
+
+_kernel = torch.ops.pygen.attention.default
+
+
+@torch.library.register_fake("pygen::attention")
+def _fake(*arguments: object) -> None:
+    return None
+
+
+def _examples(dtype: torch.dtype) -> Iterator[Example]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size, generator=generator).to(to)
+
+    def example(
+        name: str,
+        queries: int,
+        keys: int,
+        head_dim: int = 40,
+        heads: int = 2,
+        kv_heads: int = 2,
+        batch: int = 2,
+        **more: Any,
+    ) -> Example:
+        k, v = (draw(batch, kv_heads, keys, head_dim) for _ in range(2))
+        arguments = {"q": draw(batch, heads, queries, head_dim), "k": k, "v": v, "causal": False} | more
+        out = torch.full((batch, heads, queries, head_dim), math.nan, dtype=dtype)
+        return Example(name, arguments | {"out": out}, library=True)
+
+    for head_dim in (1, 2, 3, 15, 16, 17, 31, 33, 40, 64, 72, 80, 96, 127, 128, 160, 256):
+        yield example("every head_dim", 70, 77, head_dim)
+    for queries, keys in ((1, 1), (1, 300), (15, 16), (17, 33), (64, 128), (65, 129), (130, 257), (300, 77)):
+        yield example("every length", queries, keys)
+        yield example("causal", queries, keys, causal=True)
+        yield example("window", queries, keys, window=20)
+        yield example("causal window", queries, keys, window=1 + queries // 3, causal=True)
+        yield example("lengths", queries, keys, lengths=torch.tensor([keys, keys // 2]))
+    for heads, kv_heads in ((1, 1), (6, 2), (8, 1)):
+        yield example("groups", 40, 50, heads=heads, kv_heads=kv_heads)
+    drawn = torch.rand(2, 2, 70, 150, generator=generator)
+    masks = {
+        "bool mask": drawn > 0.3, "bool mask of keys": drawn[:, :1, :1] > 0.5, "mask": drawn.log(),
+        "mask of heads": (8 * drawn[:1, :, :1]).to(dtype),
+        "mask by columns": drawn.transpose(2, 3).contiguous().transpose(2, 3),
+        "nothing seen": (drawn > 0.5) & (torch.arange(70)[:, None] % 7 > 0),
+    }  # fmt: skip
+    for name, mask in masks.items():
+        yield example(name, 70, 150, mask=mask)
+        yield example(f"{name}, causal", 70, 150, mask=mask, causal=True)
+    yield example("scale", 40, 50, scale=0.7)
+    yield example("no keys", 5, 0)
+    yield example("no keys of one", 20, 30, lengths=torch.tensor([0, 30]))
+    behind = example("NaN behind the lengths", 20, 300, lengths=torch.tensor([130, 7]))
+    for name in ("k", "v"):
+        behind.arguments[name][0, :, 130:], behind.arguments[name][1, :, 7:] = math.nan, math.nan
+    yield behind
+    large = example("large scores", 40, 300)
+    large.arguments["q"] *= 60
+    yield large
+    special = example("NaN and Inf", 40, 150, heads=6, kv_heads=6)
+    special.arguments["q"][0, 0, 3, 5] = special.arguments["k"][0, 1, 140, 2] = math.nan
+    special.arguments["v"][0, 2, 9, 4], special.arguments["v"][0, 3, 9, 4] = math.inf, math.nan
+    special.arguments["q"][0, 4, :, 0], special.arguments["k"][0, 4, 10, 0] = 1.0, math.inf
+    special.arguments["q"][0, 5, :, 0], special.arguments["k"][0, 5, 10, 0] = 1.0, -math.inf
+    yield special
+    strided = example("(batch, length, heads, head_dim)", 70, 77, 64)
+    for name in ("q", "k", "v", "out"):
+        strided.arguments[name] = strided.arguments[name].transpose(1, 2).contiguous().transpose(1, 2)
+    yield strided
+    columns = example("head_dim strided", 20, 40, 24)
+    for name in ("q", "k", "v", "out"):
+        columns.arguments[name] = columns.arguments[name].transpose(2, 3).contiguous().transpose(2, 3)
+    yield columns
+    fused = draw(2, 50, 3, 4, 40).permute(2, 0, 3, 1, 4)
+    yield Example("latents", {"q": fused[0], "k": fused[1], "v": fused[2], "causal": False,
+                              "out": torch.empty(2, 4, 50, 40, dtype=dtype)}, library=True)  # fmt: skip
+    yield example("no batch", 5, 7, batch=0)
+
+
+def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
+    """Of U-Nets (Stable Diffusion 1.5 and XL at 64 x 64) and of diffusion transformers."""
+    for batch, heads, queries, keys, head_dim in (
+        (2, 8, 256, 256, 160), (2, 8, 4096, 77, 40), (2, 8, 1024, 1024, 80), (2, 10, 1024, 1024, 64),
+        (2, 20, 1024, 1024, 64), (1, 16, 1024, 1024, 72), (2, 24, 1280, 1280, 128), (1, 8, 4096, 4096, 40),
+    ):  # fmt: skip
+        q = torch.randn(batch, heads, queries, head_dim).to(dtype)
+        k, v = (torch.randn(batch, heads, keys, head_dim).to(dtype) for _ in range(2))
+        name = f"{batch} x {heads}, {queries} over {keys}, {head_dim}"
+        yield Example(name, {"q": q, "k": k, "v": v, "causal": False, "out": torch.empty_like(q)}, library=True)
+
+
+SPEC = OpSpec(
+    name="attention",
+    function=attention,
+    reference=lambda out=None, **arguments: attention_reference(**arguments),
+    operator=_kernel,
+    outputs=("out",),
+    backends=_BACKENDS,
+    examples=_examples,
+    bytes_moved=lambda example: tensor_bytes(*(example.arguments[name] for name in ("q", "k", "v", "out"))),
+    flops=lambda example: 4 * example.arguments["q"].numel() * example.arguments["k"].shape[2],
+    benchmarks=_benchmarks,
+)

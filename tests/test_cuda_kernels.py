@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 import subprocess
 from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,23 +122,31 @@ def test_step_kernels_under_a_sanitizer(sanitizer: emulation_build.Sanitizer, tm
     assert not result.stderr
 
 
+def compiled(kernel: Path, architecture: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = ["nvcc", "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-Xptxas=-v"]
+    command += [f"-arch={architecture}", "-I", ROOT / "kernels" / "include", "-c", kernel]
+    command += ["-o", folder / f"{kernel.stem}.{architecture}.o"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def compilations(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[Path, str], Future[subprocess.CompletedProcess[str]]]]:
+    """What nvcc says of all that the tests will ask about, on all processors: it takes one."""
+    folder, name = tmp_path_factory.mktemp("nvcc"), "test_compiles_without_spilling"
+    asked = [item.callspec.params for item in request.session.items if getattr(item, "originalname", "") == name]
+    pairs = [(parameters["kernel"], parameters["architecture"]) for parameters in asked]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {pair: pool.submit(compiled, *pair, folder) for pair in pairs}
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on this machine")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda file: file.stem)
-def test_compiles_without_spilling(kernel: Path, architecture: str, tmp_path: Path) -> None:
-    flags = ["-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-Xptxas=-v"]
-    command = [
-        "nvcc",
-        *flags,
-        f"-arch={architecture}",
-        "-I",
-        ROOT / "kernels/include",
-        "-c",
-        kernel,
-        "-o",
-        tmp_path / "o",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_compiles_without_spilling(kernel: Path, architecture: str, compilations: Any) -> None:
+    result = compilations[kernel, architecture].result()
     assert result.returncode == 0, result.stderr
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert used

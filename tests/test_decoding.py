@@ -11,6 +11,7 @@ import torch
 
 import pygen
 from pygen.autoregressive.cache import PAGE
+from pygen.autoregressive.request import Request
 from pygen.autoregressive.step import Step
 from tests.decoder_families import saved
 
@@ -51,14 +52,10 @@ def alone(directory: Path, requests: list[Any], weights: Any = "bfloat16") -> li
     return results
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
-def test_requests_get_what_they_get_alone(directory: Path, weights: Any) -> None:
-    """200 of them, in a cache of a third of what they need at once, joining at random times."""
-    generator = random.Random(0)
-    requests = [drawn(generator) for _ in range(200 if weights == "bfloat16" else 30)]
-    expected = alone(directory, requests, weights)
-    most = sorted((-(-(len(prompt) + count) // PAGE) for prompt, count, _ in requests), reverse=True)[:16]
-    decoder = pygen.Decoder.from_pretrained(directory, weights, max_batch=16, cache_tokens=sum(most) // 3 * PAGE)
+def assert_each_gets(
+    decoder: pygen.Decoder, requests: list[Any], expected: list[list[int]], generator: random.Random
+) -> list[Request]:
+    """Requests that join at random times get what is expected, and leave nothing behind."""
     waiting, running = list(zip(requests, expected, strict=True)), []
     while waiting or decoder.busy:
         for _ in range(generator.randrange(4)):
@@ -70,6 +67,18 @@ def test_requests_get_what_they_get_alone(directory: Path, weights: Any) -> None
         assert request.tokens == tokens
         assert request.ended in ("length", "stop")
     assert decoder._pool.free == decoder._pool.pages
+    return [request for request, _ in running]
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_requests_get_what_they_get_alone(directory: Path, weights: Any) -> None:
+    """200 of them, in a cache of a third of what they need at once, joining at random times."""
+    generator = random.Random(0)
+    requests = [drawn(generator) for _ in range(200 if weights == "bfloat16" else 30)]
+    expected = alone(directory, requests, weights)
+    most = sorted((-(-(len(prompt) + count) // PAGE) for prompt, count, _ in requests), reverse=True)[:16]
+    decoder = pygen.Decoder.from_pretrained(directory, weights, max_batch=16, cache_tokens=sum(most) // 3 * PAGE)
+    assert_each_gets(decoder, requests, expected, generator)
 
 
 def test_a_preempted_request_goes_on(directory: Path) -> None:

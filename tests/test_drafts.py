@@ -14,7 +14,7 @@ import pygen
 from pygen.autoregressive.cache import PAGE
 from pygen.autoregressive.prompt_lookup import SIZES, PromptLookup
 from tests.decoder_families import saved
-from tests.test_decoding import alone, drawn
+from tests.test_decoding import alone, assert_each_gets, drawn
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +41,8 @@ def test_requests_get_what_they_get_without(directory: Path, stranger: pygen.Dec
         directory, "bfloat16", max_batch=8, cache_tokens=sum(most) // 3 * PAGE,
         draft=who or pygen.Decoder.from_pretrained(directory, "int8"), draft_tokens=generator.choice([2, 3, 5]),
     )  # fmt: skip
-    waiting, running = list(zip(requests, expected, strict=True)), []
-    while waiting or decoder.busy:
-        for _ in range(generator.randrange(4)):
-            if waiting:
-                (prompt, count, settings), tokens = waiting.pop(0)
-                running.append((decoder.submit(prompt, count, **settings), tokens))
-        decoder.step()
-    for request, tokens in running:
-        assert request.tokens == tokens
-        assert request.ended in ("length", "stop")
-    assert decoder._pool.free == decoder._pool.pages
-    drafted, accepted = (sum(getattr(request, name) for request, _ in running) for name in ("drafted", "accepted"))
+    ended = assert_each_gets(decoder, requests, expected, generator)
+    drafted, accepted = (sum(getattr(request, name) for request in ended) for name in ("drafted", "accepted"))
     assert drafted > 0
     assert (accepted > 0.3 * drafted) == (draft == "itself in int8")
 

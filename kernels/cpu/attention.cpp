@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "pygen/exp.h"
-#include "strips.h"
+#include "rows.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
@@ -16,35 +16,6 @@ inline constexpr float kInfinity = __builtin_inff();
 int64_t length_of(const AttentionArgs& args, int64_t sample) {
   if (args.lengths == nullptr) return args.keys;
   return std::clamp<int64_t>(args.lengths[sample * args.lengths_stride], 0, args.keys);
-}
-
-// Widens `count` elements, at most kMost; 0 up to a whole vector.
-template <int64_t kMost>
-void widen(float* to, const Operand& operand, int64_t offset, int64_t stride, int64_t count) {
-  const int64_t size = size_of(operand.dtype);
-  const char* from = static_cast<const char*>(operand.data) + offset * size;
-  alignas(64) char copy[kMost * sizeof(float)];
-  if (stride != 1 || count % kLanes != 0) {
-    std::memset(copy + count * size, 0, kLanes * size);
-    copy_elements(copy, 1, from, stride, count, size);
-    from = copy;
-  }
-  const auto run = [&](auto dtype) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const F32 v = load<dtype.value>(from + i * size_of(dtype.value));
-      std::memcpy(to + i, &v, sizeof v);
-    }
-  };
-  switch (operand.dtype) {
-    case DType::kFloat32:
-      return run(std::integral_constant<DType, DType::kFloat32>{});
-    case DType::kBFloat16:
-      return run(std::integral_constant<DType, DType::kBFloat16>{});
-    case DType::kFloat16:
-      return run(std::integral_constant<DType, DType::kFloat16>{});
-    default:
-      return run(std::integral_constant<DType, DType::kBool>{});
-  }
 }
 
 inline constexpr int64_t kRowFloats = kMostHeadDim + 16;
@@ -59,7 +30,7 @@ void read_row(uint16_t* to, const AttentionArgs& args, const Operand& operand, i
                 args.head_dim, 2);
 }
 void read_row(float* to, const AttentionArgs& args, const Operand& operand, int64_t offset) {
-  widen<kRowFloats>(to, operand, offset, operand.stride[3], args.head_dim);
+  widen<kMostHeadDim>(to, operand, offset, operand.stride[3], args.head_dim);
 }
 
 // c = a b, plus c where `add`: for who has no library's.
@@ -86,14 +57,6 @@ void multiply(int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_strid
       }
     }
   }
-}
-
-// Of all lanes by a commutative operation, in each of them.
-template <int kBy = kLanes / 2, class Op>
-PYGEN_INLINE F32 across(F32 v, Op op) {
-  v = op(v, rotate<kBy>(v));
-  if constexpr (kBy > 1) v = across<kBy / 2>(v, op);
-  return v;
 }
 
 // Weights, which are no smaller than they are rounded to nothing.
@@ -162,7 +125,7 @@ struct Tile {
     const bool masked = args.mask.data != nullptr && r < count;
     if (masked) {
       const int64_t stride = args.mask.stride[3], count = std::min(here, args.keys - begin);
-      widen<kKeys + 16>(added, args.mask, at(args.mask, sample, head, first + r) + begin * stride, stride, count);
+      widen<kKeys>(added, args.mask, at(args.mask, sample, head, first + r) + begin * stride, stride, count);
     }
     I32 lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -196,7 +159,7 @@ struct Tile {
     for (int64_t j = 0; j < here; j += 2 * kLanes) {
       for (int t = 0; t < 2; ++t) most[t] = max(load_bytes<F32>(row + j + t * kLanes) * scale, most[t]);
     }
-    const float highest = across(max(most[0], most[1]), larger)[0];
+    const float highest = join_lanes(max(most[0], most[1]), larger)[0];
     const bool nothing = highest == -kInfinity;
     const float kept = nothing || first_block ? 1.0f : exp(splat(largest[r] - highest, F32{}))[0];
     const F32 base = splat(nothing ? 0.0f : -highest, F32{});
@@ -218,7 +181,7 @@ struct Tile {
               __attribute__((always_inline)) { std::memcpy(row + j, &weight, sizeof weight); });
     }
     const auto plus = [](F32 a, F32 b) __attribute__((always_inline)) { return a + b; };
-    total[r] = total[r] * kept + across(sum[0] + sum[1], plus)[0];
+    total[r] = total[r] * kept + join_lanes(sum[0] + sum[1], plus)[0];
     largest[r] = highest;
     if (kept == 1.0f) return;
     float* const to_scale = sums + r * layout.width;
@@ -229,26 +192,15 @@ struct Tile {
   }
 
   void finish(bool met) const {
-    const int64_t size = size_of(args.out.dtype);
     for (int64_t r = 0; r < count; ++r) {
       const bool nothing = !met || total[r] == 0.0f;
       const F32 inverse = splat(nothing ? 0.0f : 1.0f / total[r], F32{});
-      alignas(64) char row[kRowFloats * sizeof(float)];
+      alignas(64) float row[kMostHeadDim];
       for (int64_t j = 0; j < layout.width; j += kLanes) {
         const F32 y = nothing ? F32{} : load_bytes<F32>(sums + r * layout.width + j) * inverse;
-        switch (args.out.dtype) {
-          case DType::kFloat32:
-            store<DType::kFloat32>(row + j * 4, y);
-            break;
-          case DType::kBFloat16:
-            store<DType::kBFloat16>(row + j * 2, y);
-            break;
-          default:
-            store<DType::kFloat16>(row + j * 2, y);
-        }
+        std::memcpy(row + j, &y, sizeof y);
       }
-      char* const to = static_cast<char*>(args.out.data) + at(args.out, sample, head, first + r) * size;
-      copy_elements(to, args.out.stride[3], row, 1, args.head_dim, size);
+      narrow_to<kMostHeadDim>(args.out, at(args.out, sample, head, first + r), args.out.stride[3], row, args.head_dim);
     }
   }
 };

@@ -4,6 +4,7 @@
 
 #include "norm_row.h"
 #include "pygen/gated_unit_rule.h"
+#include "rows.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
@@ -11,32 +12,6 @@ namespace {
 // ---- Rows ----------------------------------------------------------------------------------------------------------
 
 inline constexpr int64_t kBlock = LinearRow::kChunk;
-
-// Widens `count` elements, at most kBlock, from `first` on of the innermost dimension `dim`; 0 up to a whole vector.
-void widen(float* to, const Operand& operand, int64_t offset, int64_t stride, int64_t count) {
-  const int64_t size = size_of(operand.dtype);
-  const char* from = static_cast<const char*>(operand.data) + offset * size;
-  alignas(64) char copy[kBlock * sizeof(float)];
-  if (stride != 1 || count % kLanes != 0) {
-    std::memset(copy, 0, sizeof copy);
-    copy_elements(copy, 1, from, stride, count, size);
-    from = copy;
-  }
-  const auto run = [&](auto dtype) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const F32 v = load<dtype.value>(from + i * size_of(dtype.value));
-      std::memcpy(to + i, &v, sizeof v);
-    }
-  };
-  switch (operand.dtype) {
-    case DType::kFloat32:
-      return run(std::integral_constant<DType, DType::kFloat32>{});
-    case DType::kBFloat16:
-      return run(std::integral_constant<DType, DType::kBFloat16>{});
-    default:
-      return run(std::integral_constant<DType, DType::kFloat16>{});
-  }
-}
 
 template <bool kCentred>
 void normalise(const LinearDecodeArgs& args, float* x) {
@@ -53,7 +28,7 @@ void normalise(const LinearDecodeArgs& args, float* x) {
     alignas(64) float weight[kBlock], bias[kBlock];
     const int64_t here = std::min(kBlock, count - i);
     const auto parameters = [&](float* to, const Operand& operand) {
-      if (operand.data != nullptr) widen(to, operand, i * operand.stride[0], operand.stride[0], here);
+      if (operand.data != nullptr) widen<kBlock>(to, operand, i * operand.stride[0], operand.stride[0], here);
     };
     parameters(weight, args.norm_weight);
     parameters(bias, args.norm_bias);
@@ -75,14 +50,6 @@ PYGEN_INLINE U16 swap_middle(U16 v, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(v, v, ((kLane & ~3) | (kLane & 1) << 1 | (kLane >> 1 & 1))...);
 }
 
-// Of all lanes by a commutative operation, in each of them.
-template <int kBy = kLanes / 2, class V, class Op>
-PYGEN_INLINE V across(V v, Op op) {
-  v = op(v, rotate<kBy>(v));
-  if constexpr (kBy > 1) v = across<kBy / 2>(v, op);
-  return v;
-}
-
 // To the nearest whole number, |v| < 2^22.
 PYGEN_INLINE F32 round(F32 v) { return (v + 0x1.8p23f) - 0x1.8p23f; }
 
@@ -96,7 +63,7 @@ void to_words(const LinearDecodeArgs& args, const LinearRow& layout, const float
     special |= infinity(v);
     most = max(select(infinity(v), F32{}, from_unsigned(to_unsigned(v) & 0x7fffffffu)), most);
   }
-  const float largest = across(most, [](F32 a, F32 b) __attribute__((always_inline)) { return max(a, b); })[0];
+  const float largest = join_lanes(most, [](F32 a, F32 b) __attribute__((always_inline)) { return max(a, b); })[0];
   const uint32_t exponent = std::max(bits<uint32_t>(largest) >> 23, 30u);  // biased; below 2^-97 nothing is told apart
   const F32 up = from_unsigned(U32{} + ((268 - exponent) << 23));
   chunk.scale = from_unsigned(U32{} + ((exponent - (layout.words == 2 ? 29 : 14)) << 23))[0];
@@ -118,7 +85,7 @@ void to_words(const LinearDecodeArgs& args, const LinearRow& layout, const float
     }
   }
   for (int word = 0; word < 2; ++word) {
-    const I32 all = across(sum[word], [](I32 a, I32 b) __attribute__((always_inline)) { return a + b; });
+    const I32 all = join_lanes(sum[word], [](I32 a, I32 b) __attribute__((always_inline)) { return a + b; });
     chunk.start[word] = -all[0] * args.weight.middle();
   }
 }
@@ -132,7 +99,8 @@ void make_row(const LinearDecodeArgs& args, const LinearRow& layout, int64_t row
   float* const x = reinterpret_cast<float*>(scratch);
   const int64_t inputs = args.weight.inputs;
   for (int64_t i = 0; i < inputs; i += kBlock) {
-    widen(x + i, args.x, row * args.x.stride[0] + i * args.x.stride[1], args.x.stride[1], std::min(kBlock, inputs - i));
+    widen<kBlock>(x + i, args.x, row * args.x.stride[0] + i * args.x.stride[1], args.x.stride[1],
+                  std::min(kBlock, inputs - i));
   }
   if (args.norm == LinearNorm::kRms) normalise<false>(args, x);
   if (args.norm == LinearNorm::kLayer) normalise<true>(args, x);
@@ -448,30 +416,15 @@ PYGEN_INLINE F32 activated(const LinearDecodeArgs& args, F32 x) {
   __builtin_unreachable();
 }
 
-void narrow(char* to, DType dtype, const float* from) {
-  for (int j = 0; j < kPanel; j += kLanes) {
-    const F32 v = load_bytes<F32>(from + j);
-    switch (dtype) {
-      case DType::kFloat32:
-        store<DType::kFloat32>(to + j * 4, v);
-        break;
-      case DType::kBFloat16:
-        store<DType::kBFloat16>(to + j * 2, v);
-        break;
-      default:
-        store<DType::kFloat16>(to + j * 2, v);
-    }
-  }
-}
-
 void finish_panel(const LinearDecodeArgs& args, int64_t panel, const PanelRows& rows, float* sums) {
   const int width = args.weight.width();
   const int64_t first = panel * width, outputs = std::min<int64_t>(width, args.weight.outputs - first);
   alignas(64) float bias[kPanel] = {};
   if (args.bias.data != nullptr) {
     const int64_t stride = args.bias.stride[0];
-    widen(bias, args.bias, first * stride, stride, outputs);
-    if (args.weight.gated) widen(bias + width, args.bias, (args.weight.outputs + first) * stride, stride, outputs);
+    widen<kBlock>(bias, args.bias, first * stride, stride, outputs);
+    if (args.weight.gated)
+      widen<kBlock>(bias + width, args.bias, (args.weight.outputs + first) * stride, stride, outputs);
   }
   for (int r = 0; r < rows.count; ++r) {
     const int64_t row = rows.number[r];
@@ -479,7 +432,7 @@ void finish_panel(const LinearDecodeArgs& args, int64_t panel, const PanelRows& 
     alignas(64) float residual[kPanel] = {};
     if (args.residual.data != nullptr) {
       const int64_t stride = args.residual.stride[1];
-      widen(residual, args.residual, row * args.residual.stride[0] + first * stride, stride, outputs);
+      widen<kBlock>(residual, args.residual, row * args.residual.stride[0] + first * stride, stride, outputs);
     }
     for (int j = 0; j < width; j += kLanes) {
       F32 y = activated(args, load_bytes<F32>(sum + j) + load_bytes<F32>(bias + j));
@@ -488,11 +441,8 @@ void finish_panel(const LinearDecodeArgs& args, int64_t panel, const PanelRows& 
       if (args.residual.data != nullptr) y += load_bytes<F32>(residual + j);
       std::memcpy(sum + j, &y, sizeof y);
     }
-    alignas(64) char copy[kPanel * sizeof(float)];
-    const int64_t size = size_of(args.out.dtype), stride = args.out.stride[1];
-    narrow(copy, args.out.dtype, sum);
-    char* const to = static_cast<char*>(args.out.data) + (row * args.out.stride[0] + first * stride) * size;
-    copy_elements(to, stride, copy, 1, outputs, size);
+    const int64_t stride = args.out.stride[1];
+    narrow_to<kPanel>(args.out, row * args.out.stride[0] + first * stride, stride, sum, outputs);
   }
 }
 

@@ -240,10 +240,10 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     yield _example("in place", x(24, 256), layer, residual=out, out=out)
     yield _example("no rows", x(0, 256), layer)
     for name, weight in _weights(draw, 40, 200):
-        strided = torch.full((80, 5), math.nan, dtype=dtype)[::2].T
-        wide = x(5, 401)
-        yield _example(f"strided, {name}", wide[:, 1::2], weight, residual=x(40, 5).T, out=strided)
-        yield _example(f"misaligned, {name}", x(1, 601).flatten()[1:].view(3, 200), weight)
+        strided = torch.full((80, 24), math.nan, dtype=dtype)[::2].T
+        wide = x(24, 401)
+        yield _example(f"strided, {name}", wide[:, 1::2], weight, residual=x(40, 24).T, out=strided)
+        yield _example(f"misaligned, {name}", x(1, 4801).flatten()[1:].view(24, 200), weight)
 
 
 def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:

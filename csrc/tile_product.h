@@ -4,6 +4,8 @@
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
+
 #include "pygen/isa.h"
 #include "pygen/tile_product.h"
 
@@ -38,7 +40,9 @@ inline TileProduct torch_tile_product() {
   TileProduct product{};
   if (isa() >= Isa::kAvx512 && torch_multiplies<float>()) product.float32 = multiply_tile<float>;
   if (isa() >= Isa::kAvx512Bf16 && torch_multiplies<c10::BFloat16>()) product.bfloat16 = multiply_tile<c10::BFloat16>;
-  product.finish = [] { at::native::cpublas::brgemm_release(); };
+  if (product.float32 != nullptr || product.bfloat16 != nullptr) {
+    product.finish = [] { at::native::cpublas::brgemm_release(); };
+  }
   return product;
 }
 

@@ -59,7 +59,7 @@ void multiply(int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_strid
   }
 }
 
-// Weights, which are no smaller than they are rounded to nothing.
+// Rounds weights to bfloat16; subnormal ones may become 0.
 PYGEN_INLINE void store_halves(uint16_t* to, F32 v) {
 #if defined(__AVX512BF16__)
   const __m256bh half = _mm512_cvtneps_pbh(v);
@@ -124,8 +124,8 @@ struct Tile {
     alignas(64) float added[kKeys + 16] = {};
     const bool masked = args.mask.data != nullptr && r < count;
     if (masked) {
-      const int64_t stride = args.mask.stride[3], count = std::min(here, args.keys - begin);
-      widen<kKeys>(added, args.mask, at(args.mask, sample, head, first + r) + begin * stride, stride, count);
+      const int64_t stride = args.mask.stride[3], offset = at(args.mask, sample, head, first + r);
+      widen<kKeys>(added, args.mask, offset + begin * stride, stride, std::min(here, args.keys - begin));
     }
     I32 lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;

@@ -34,7 +34,7 @@ class Session:
         try:
             for begin in range(0, ahead, CHUNK):
                 self._run_ahead(tokens[:, begin : min(begin + CHUNK, ahead)])
-            self.logits = self._run(tokens[:, ahead:])
+            self.logits = self._run(tokens[:, ahead:], recorded=False)  # of which there may be no second
         except BaseException:
             self.close()
             raise
@@ -58,13 +58,18 @@ class Session:
         self._hidden(tokens, prompt=True)
 
     @torch.inference_mode()
-    def _run(self, tokens: Tensor) -> Tensor:
+    def _run(self, tokens: Tensor, recorded: bool = True) -> Tensor:
         """Logits behind one token of each."""
         self._extend(1)
         self._tokens.copy_(tokens)
+        if not recorded:
+            return self._logits()
         if self._program is None:
-            self._program = record(lambda: self._model.project(self._hidden(self._tokens, prompt=False)))
+            self._program = record(self._logits)
         return self._program().clone()
+
+    def _logits(self) -> Tensor:
+        return self._model.project(self._hidden(self._tokens, prompt=False))
 
     def _extend(self, count: int) -> None:
         """Room for so many tokens of each, which are run next."""

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import pygen
-from tests.error_rule import assert_error_rule
+from tests.error_rule import Triple, assert_error_rule
 
 Q, K = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 12, 16)
 
@@ -32,6 +32,59 @@ def test_errs_no_more_than_torch(
         same = scaled_dot_product_attention(q, k, v, is_causal=causal)
         truth = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
         assert_error_rule([(pygen.attention(q, k, v, causal=causal), same, truth)], f"causal: {causal}")
+
+
+def gradients(function: Any, *tensors: torch.Tensor, grad: torch.Tensor, **arguments: Any) -> list[torch.Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    function(*leaves, **arguments).backward(grad.to(leaves[0].dtype))
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "queries", "keys", "head_dim"),
+    [(2, 2, 300, 77, 40), (1, 1, 513, 1300, 72), (4, 2, 130, 600, 160), (1, 1, 260, 1100, 24)],
+)
+def test_gradients_err_no_more_than_torchs(
+    heads: int, kv_heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    families: dict[str, list[Triple]] = {name: [] for name in "qkv"}
+    for seed in range(0, 16, 4):
+        q, grad = (drawn(2, heads, queries, head_dim, dtype=dtype, seed=seed + i) for i in (0, 3))
+        k, v = (drawn(2, kv_heads, keys, head_dim, dtype=dtype, seed=seed + i) for i in (1, 2))
+        causal = seed % 8 > 0
+        ours = gradients(pygen.attention, q, k, v, grad=grad, causal=causal)
+        by_torch = {"is_causal": causal, "enable_gqa": heads != kv_heads}
+        same = gradients(scaled_dot_product_attention, q, k, v, grad=grad, **by_torch)
+        wide = (tensor.double() for tensor in (q, k, v))
+        truth = gradients(scaled_dot_product_attention, *wide, grad=grad, **by_torch)
+        for name, *triple in zip("qkv", ours, same, truth, strict=True):
+            families[name].append(tuple(triple))
+    for name, triples in families.items():
+        assert_error_rule(triples, name)
+
+
+def test_gradients_are_those_of_the_reference() -> None:
+    q, k, v, _ = (drawn(2, 2, 7, 5, seed=seed).double().requires_grad_() for seed in range(4))
+    mask, lengths = drawn(2, 1, 7, 7).double(), torch.tensor([7, 3])
+    with pygen.backend("reference"):
+        for arguments in ({}, {"causal": True, "window": 3}, {"mask": mask, "lengths": lengths, "scale": 0.8}):
+            assert torch.autograd.gradcheck(
+                lambda *qkv, how=arguments: pygen.attention(*qkv, **how), (q, k[:, :1], v[:, :1])
+            )
+
+
+def test_gradients_do_not_depend_on_the_threads_and_flow_through_views() -> None:
+    fused = drawn(2, 1200, 3, 2, 40, dtype=torch.bfloat16).requires_grad_()
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        q, k, v = fused.permute(2, 0, 3, 1, 4)
+        y = pygen.attention(q, k, v, causal=True)
+        results.append(torch.autograd.grad(y.float().square().sum(), fused)[0])
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -94,7 +147,7 @@ def test_records_and_writes_in_place() -> None:
         ({"scale": float("nan")}, ValueError, "scale must be finite"),
         ({"out": torch.empty(2, 4, 9, 8)}, ValueError, "out must have shape [2, 4, 9, 16]"),
         ({"out": Q}, RuntimeError, "single memory location"),
-        ({"q": Q.clone().requires_grad_()}, RuntimeError, "attention is not differentiable, and q requires grad"),
+        ({"mask": torch.zeros(9, 12, requires_grad=True)}, RuntimeError, "attention is not differentiable, and mask"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -1,73 +1,9 @@
-#include "pygen/attention.h"
-
-#include <algorithm>
-#include <cmath>
-
+#include "attention_tile.h"
 #include "pygen/exp.h"
-#include "rows.h"
+#include "pygen/philox.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
-
-using Layout = AttentionLayout;
-inline constexpr int64_t kQueries = Layout::kQueries, kKeys = Layout::kKeys;
-inline constexpr float kInfinity = __builtin_inff();
-
-int64_t length_of(const AttentionArgs& args, int64_t sample) {
-  if (args.lengths == nullptr) return args.keys;
-  return std::clamp<int64_t>(args.lengths[sample * args.lengths_stride], 0, args.keys);
-}
-
-inline constexpr int64_t kRowFloats = kMostHeadDim + 16;
-
-int64_t at(const Operand& operand, int64_t sample, int64_t head, int64_t position) {
-  return sample * operand.stride[0] + head * operand.stride[1] + position * operand.stride[2];
-}
-
-// A row of an operand, as the products take it.
-void read_row(uint16_t* to, const AttentionArgs& args, const Operand& operand, int64_t offset) {
-  copy_elements(reinterpret_cast<char*>(to), 1, static_cast<const char*>(operand.data) + offset * 2, operand.stride[3],
-                args.head_dim, 2);
-}
-void read_row(float* to, const AttentionArgs& args, const Operand& operand, int64_t offset) {
-  widen<kMostHeadDim>(to, operand, offset, operand.stride[3], args.head_dim);
-}
-
-// c = a b, plus c where `add`: for who has no library's.
-void multiply(int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride, int64_t c_stride, bool add,
-              const void* a_data, const void* b_data, float* c) {
-  const float *const a = static_cast<const float*>(a_data), *const b = static_cast<const float*>(b_data);
-  constexpr int kRows = 4, kColumns = 2;
-  for (int64_t j = 0; j < n; j += kColumns * kLanes) {  // n is a multiple of 16
-    const int columns = static_cast<int>(std::min<int64_t>(kColumns, (n - j) / kLanes));
-    for (int64_t i = 0; i < m; i += kRows) {  // and m of 4
-      F32 sums[kRows][kColumns] = {};
-      for (int64_t d = 0; d < k; ++d) {
-        for (int t = 0; t < columns; ++t) {
-          const F32 w = load_bytes<F32>(b + d * b_stride + j + t * kLanes);
-          for (int r = 0; r < kRows; ++r) sums[r][t] = fma(splat(a[(i + r) * a_stride + d], w), w, sums[r][t]);
-        }
-      }
-      for (int r = 0; r < kRows; ++r) {
-        for (int t = 0; t < columns; ++t) {
-          float* const to = c + (i + r) * c_stride + j + t * kLanes;
-          const F32 sum = add ? sums[r][t] + load_bytes<F32>(to) : sums[r][t];
-          std::memcpy(to, &sum, sizeof sum);
-        }
-      }
-    }
-  }
-}
-
-// Rounds weights to bfloat16; subnormal ones may become 0.
-PYGEN_INLINE void store_halves(uint16_t* to, F32 v) {
-#if defined(__AVX512BF16__)
-  const __m256bh half = _mm512_cvtneps_pbh(v);
-#else
-  const U16 half = narrow(float_to_bfloat16(v));
-#endif
-  std::memcpy(to, &half, sizeof half);
-}
 
 // A tile of queries of one head, on its way through the keys.
 struct Tile {
@@ -103,10 +39,7 @@ struct Tile {
 
   void product(int64_t n, int64_t k, int64_t a_stride, int64_t b_stride, int64_t c_stride, bool add, const void* a,
                const void* b, float* c) const {
-    const auto run = layout.halves                     ? args.product.bfloat16
-                     : args.product.float32 != nullptr ? args.product.float32
-                                                       : multiply;
-    run(rows, n, k, a_stride, b_stride, c_stride, add, a, b, c);
+    product_of(args, layout)(rows, n, k, a_stride, b_stride, c_stride, add, a, b, c);
   }
 
   // Keys from one to another, both within a block whose first has the number `begin`.
@@ -202,50 +135,29 @@ struct Tile {
       }
       narrow_to<kMostHeadDim>(args.out, at(args.out, sample, head, first + r), args.out.stride[3], row, args.head_dim);
     }
+    if (args.logsumexp == nullptr) return;
+    float* const to = args.logsumexp + (sample * args.heads + head) * args.queries + first;
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const F32 sum = load_bytes<F32>(total + r);
+      F32 y = load_bytes<F32>(largest + r) + log(sum, U32{}) + (sum - sum);  // NaN if the sum is
+      y = select(sum == F32{}, splat(-kInfinity, F32{}), y);
+      std::memcpy(to + r, &y, std::min<int64_t>(kLanes, count - r) * sizeof(float));
+      if (count - r <= kLanes) break;
+    }
   }
 };
-
-// Packs a block, of which `live` keys are there, from `key` on; a few rows at a time, so that lines are written whole.
-template <class T>
-void pack_block(const AttentionArgs& args, const Layout& layout, char* block, int64_t sample, int64_t head, int64_t key,
-                int64_t live) {
-  constexpr int64_t kTogether = 16;
-  constexpr bool kHalves = sizeof(T) == 2;
-  uint32_t *keys = reinterpret_cast<uint32_t*>(block), *values = reinterpret_cast<uint32_t*>(block + layout.key_bytes);
-  alignas(64) T rows[kTogether][kRowFloats] = {};
-  const auto read = [&](const Operand& operand, int64_t first) {
-    const int64_t count = std::clamp<int64_t>(live - first, 0, kTogether);
-    for (int64_t n = 0; n < count; ++n) read_row(rows[n], args, operand, at(operand, sample, head, key + first + n));
-    if (count < kTogether) std::memset(rows[count], 0, sizeof rows[0] * (kTogether - count));
-  };
-  for (int64_t first = 0; first < kKeys; first += kTogether) {
-    read(args.k, first);
-    for (int64_t line = 0; line < layout.depth / (kHalves ? 2 : 1); ++line) {
-      for (int64_t n = 0; n < kTogether; ++n) {
-        std::memcpy(keys + line * kKeys + first + n, rows[n] + line * (kHalves ? 2 : 1), 4);
-      }
-    }
-    read(args.v, first);
-    for (int64_t n = 0; n < kTogether; n += kHalves ? 2 : 1) {
-      uint32_t* const to = values + (first + n) / (kHalves ? 2 : 1) * layout.width;
-      if constexpr (kHalves) {
-        for (int64_t d = 0; d < layout.width; ++d) to[d] = rows[n][d] | uint32_t{rows[n + 1][d]} << 16;
-      } else {
-        std::memcpy(to, rows[n], layout.width * 4);
-      }
-    }
-  }
-}
 
 }  // namespace
 
 void attention_pack(const AttentionArgs& args, int64_t begin, int64_t end) {
   const Layout layout(args);
-  const auto pack = layout.halves ? pack_block<uint16_t> : pack_block<float>;
+  const auto pack = layout.halves ? pack_panels<uint16_t> : pack_panels<float>;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t key = unit % layout.blocks * kKeys, head = unit / layout.blocks % args.kv_heads;
-    const int64_t sample = unit / layout.blocks / args.kv_heads;
-    pack(args, layout, args.packed + unit * layout.block_bytes, sample, head, key, length_of(args, sample) - key);
+    const int64_t sample = unit / layout.blocks / args.kv_heads, live = length_of(args, sample) - key;
+    char* const block = args.packed + unit * layout.block_bytes;
+    pack(args, layout, args.k, at(args.k, sample, head, key), live, block, nullptr);
+    pack(args, layout, args.v, at(args.v, sample, head, key), live, nullptr, block + layout.key_bytes);
   }
 }
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pygen.ops.backend import use_reference
 from pygen.ops.spec import Example, OpSpec, tensor_bytes
 
 _BACKENDS = ("reference", "cpu")
+# mask, lengths, causal, window, scale
+Settings = tuple[Tensor | None, Tensor | None, bool, int | None, float | None]
 
 
 def attention(
@@ -31,7 +34,7 @@ def attention(
     scale: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of q over k and v; layouts and terms are scaled_dot_product_attention's. Without gradients as yet.
+    """Attention of q over k and v; layouts and terms are scaled_dot_product_attention's. Differentiable in q, k and v.
 
     A query that sees no key gives zeros. A sample's result does not depend on the others, nor on the number of threads.
     In bfloat16 the weights are rounded to bfloat16, and sums are float32; float16 is computed in float32.
@@ -46,7 +49,7 @@ def attention(
         causal: query i sees the keys up to i.
         window: and of those, or of all, the ones less than so far from i.
         scale: of q k^T; 1 / sqrt(head_dim) where left out.
-        out: q's shape and dtype, receives the result; new where left out.
+        out: q's shape and dtype, receives the result, and nothing is recorded for autograd; new where left out.
 
     Returns:
         (batch, heads, queries, head_dim) in q's dtype, or ``out``.
@@ -54,27 +57,147 @@ def attention(
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    settings: Settings = (mask, lengths, causal, window, scale)
     if out is None:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+            recorded: Tensor = _Attention.apply(q, k, v, *settings)
+            return recorded
         out = torch.empty_like(q)
-    settings: dict[str, Any] = {"mask": mask, "lengths": lengths, "causal": causal, "window": window, "scale": scale}
+    return attention_forward(q, k, v, *settings, out=out)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+        out, logsumexp = (
+            torch.empty_like(q),
+            q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)),
+        )
+        attention_forward(q, k, v, *settings, out=out, logsumexp=logsumexp)
+        mask, lengths, *ctx.rest = settings
+        ctx.save_for_backward(q, k, v, out, logsumexp, mask, lengths)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = tuple(torch.empty_like(tensor) for tensor in saved[:3])
+        attention_backward(grad, *saved, *ctx.rest, *gradients)
+        return *gradients, *(None,) * (2 + len(ctx.rest))
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    *,
+    out: Tensor,
+    logsumexp: Tensor | None = None,
+) -> Tensor:
+    """``attention`` into ``out``, and what its backward pass needs: the log of the sum of exp of each query's scores.
+
+    logsumexp: float32 (batch, heads, queries), contiguous; -inf where a query sees no key.
+    """
+    settings: Settings = (mask, lengths, causal, window, scale)
     if use_reference("attention", _BACKENDS, q.device):
-        return out.copy_(attention_reference(q, k, v, **settings)[0])
-    _kernel(q, k, v, *settings.values(), out)
+        for tensor, result in zip((out, logsumexp), attention_reference(q, k, v, *settings), strict=True):
+            if tensor is not None:
+                tensor.copy_(result)
+        return out
+    _kernel(q, k, v, *settings, out, logsumexp)
     return out
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> Tensor:
+    """Writes the gradients of q, k and v from that of ``out``; all of the dtype and shapes of what they belong to.
+
+    ``out`` and ``logsumexp`` are those of ``attention_forward``. Deterministic. Returns ``grad_q``.
+    """
+    arguments = (grad, q, k, v, out, logsumexp, mask, lengths, causal, window, scale)
+    if use_reference("attention_backward", _BACKENDS, q.device):
+        for tensor, result in zip((grad_q, grad_k, grad_v), attention_backward_reference(*arguments), strict=True):
+            tensor.copy_(result)
+        return grad_q
+    _backward_kernel(*arguments, grad_q, grad_k, grad_v)
+    return grad_q
 
 
 def attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
-) -> tuple[Tensor]:
-    """In float32 or better, but for bfloat16's weights."""
+) -> tuple[Tensor, Tensor]:
+    """The result, and logsumexp; in float32 or better, but for bfloat16's weights."""
+    _, _, v_seen, scores = _scores(q, k, v, mask, lengths, causal, window, scale)
+    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0, scores.softmax(-1))
+    return (_rounded(weights, q.dtype) @ v_seen).to(q.dtype), scores.logsumexp(-1)
+
+
+def attention_backward_reference(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; in float32 or better, but for bfloat16's weights and their gradients."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    q_wide, k_seen, v_seen, scores = _scores(q, k, v, mask, lengths, causal, window, scale)
+    grad = grad.to(scores.dtype)
+    delta = (grad * out.to(scores.dtype)).sum(-1, keepdim=True)
+    weights = torch.where(scores == -math.inf, 0, (scores - logsumexp.to(scores.dtype)[..., None]).exp())
+    slopes = torch.where(scores == -math.inf, 0, weights * (grad @ v_seen.mT - delta))
+    weights, slopes = _rounded(weights, q.dtype), _rounded(slopes, q.dtype)
+
+    def of_group(gradient: Tensor) -> Tensor:
+        return gradient.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1])).sum(2).to(q.dtype)
+
+    return (scale * slopes @ k_seen).to(q.dtype), of_group(scale * slopes.mT @ q_wide), of_group(weights.mT @ grad)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, and k and v of each of its heads, 0 where nothing is seen; and the scores, -inf there."""
     compute = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
     k, v = (tensor.to(compute).repeat_interleave(groups, dim=1) for tensor in (k, v))
@@ -87,24 +210,32 @@ def attention_reference(
     if lengths is not None:
         within = torch.arange(k.shape[2], device=q.device) < lengths.view(-1, 1, 1, 1)
         seen = seen & within
-        k, v = (torch.where(within.transpose(2, 3), tensor, 0) for tensor in (k, v))
-    scores = q.to(compute) @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+        k, v = (torch.where(within.mT, tensor, 0) for tensor in (k, v))
+    q = q.to(compute)
+    scores = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
     if mask is not None and mask.dtype == torch.bool:
         seen = seen & mask
     elif mask is not None:
         scores = scores + mask.to(compute)
-    scores = torch.where(seen, scores, -math.inf)
-    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0, scores.softmax(-1))
-    if q.dtype == torch.bfloat16:
-        weights = weights.to(q.dtype).to(compute)
-    return ((weights @ v).to(q.dtype),)
+    return q, k, v, torch.where(seen, scores, -math.inf)
+
+
+def _rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a product of bfloat16 takes."""
+    return weights.to(dtype).to(weights.dtype) if dtype == torch.bfloat16 else weights
 
 
 _kernel = torch.ops.pygen.attention.default
+_backward_kernel = torch.ops.pygen.attention_backward.default
 
 
 @torch.library.register_fake("pygen::attention")
 def _fake(*arguments: object) -> None:
+    return None
+
+
+@torch.library.register_fake("pygen::attention_backward")
+def _fake_backward(*arguments: object) -> None:
     return None
 
 
@@ -113,6 +244,12 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
 
     def draw(*size: int, to: torch.dtype = dtype) -> Tensor:
         return torch.randn(size, generator=generator).to(to)
+
+    def called(name: str, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Example:
+        defaults = {"mask": None, "lengths": None, "causal": False, "window": None, "scale": None}
+        out, logsumexp = torch.full_like(q, math.nan), torch.full(q.shape[:3], math.nan)
+        arguments = {"q": q, "k": k, "v": v} | defaults | more
+        return Example(name, arguments | {"out": out, "logsumexp": logsumexp}, library=True)
 
     def example(
         name: str,
@@ -125,9 +262,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         **more: Any,
     ) -> Example:
         k, v = (draw(batch, kv_heads, keys, head_dim) for _ in range(2))
-        arguments = {"q": draw(batch, heads, queries, head_dim), "k": k, "v": v, "causal": False} | more
-        out = torch.full((batch, heads, queries, head_dim), math.nan, dtype=dtype)
-        return Example(name, arguments | {"out": out}, library=True)
+        return called(name, draw(batch, heads, queries, head_dim), k, v, **more)
 
     for head_dim in (1, 2, 3, 15, 16, 17, 31, 33, 40, 64, 72, 80, 96, 127, 128, 160, 256):
         yield example("every head_dim", 70, 77, head_dim)
@@ -160,6 +295,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     large.arguments["q"] *= 60
     yield large
     special = example("NaN and Inf", 40, 150, heads=6, kv_heads=6)
+    special.arguments["logsumexp"] = None  # where a score is infinite, NaN is as good as infinity
     special.arguments["q"][0, 0, 3, 5] = special.arguments["k"][0, 1, 140, 2] = math.nan
     special.arguments["v"][0, 2, 9, 4], special.arguments["v"][0, 3, 9, 4] = math.inf, math.nan
     special.arguments["q"][0, 4, :, 0], special.arguments["k"][0, 4, 10, 0] = 1.0, math.inf
@@ -174,8 +310,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         columns.arguments[name] = columns.arguments[name].transpose(2, 3).contiguous().transpose(2, 3)
     yield columns
     fused = draw(2, 50, 3, 4, 40).permute(2, 0, 3, 1, 4)
-    yield Example("latents", {"q": fused[0], "k": fused[1], "v": fused[2], "causal": False,
-                              "out": torch.empty(2, 4, 50, 40, dtype=dtype)}, library=True)  # fmt: skip
+    yield called("latents", *fused)
     yield example("no batch", 5, 7, batch=0)
 
 
@@ -187,19 +322,49 @@ def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
     ):  # fmt: skip
         q = torch.randn(batch, heads, queries, head_dim).to(dtype)
         k, v = (torch.randn(batch, heads, keys, head_dim).to(dtype) for _ in range(2))
+        settings = {"mask": None, "lengths": None, "causal": False, "window": None, "scale": None}
         name = f"{batch} x {heads}, {queries} over {keys}, {head_dim}"
-        yield Example(name, {"q": q, "k": k, "v": v, "causal": False, "out": torch.empty_like(q)}, library=True)
+        yield Example(name, {"q": q, "k": k, "v": v} | settings | {"out": torch.empty_like(q)}, library=True)
 
 
 SPEC = OpSpec(
     name="attention",
-    function=attention,
-    reference=lambda out=None, **arguments: attention_reference(**arguments),
+    function=attention_forward,
+    reference=lambda out=None, logsumexp=None, **arguments: attention_reference(**arguments),
     operator=_kernel,
-    outputs=("out",),
+    outputs=("out", "logsumexp"),
     backends=_BACKENDS,
     examples=_examples,
     bytes_moved=lambda example: tensor_bytes(*(example.arguments[name] for name in ("q", "k", "v", "out"))),
     flops=lambda example: 4 * example.arguments["q"].numel() * example.arguments["k"].shape[2],
     benchmarks=_benchmarks,
+)
+
+
+def _backward_of(examples: Iterator[Example]) -> Iterator[Example]:
+    """The backward pass of forward examples, of what the reference makes of them."""
+    generator = torch.Generator().manual_seed(1)
+    for example in examples:
+        if example.name in ("NaN and Inf", "large scores"):  # whose gradients are of rounding errors
+            continue
+        arguments = {name: value for name, value in example.arguments.items() if name not in ("out", "logsumexp")}
+        out, logsumexp = attention_reference(**arguments)
+        grad = torch.empty_like(arguments["q"])
+        grad.copy_(torch.randn(grad.shape, generator=generator))
+        gradients = {f"grad_{name}": torch.full_like(arguments[name], math.nan) for name in ("q", "k", "v")}
+        given = {"grad": grad} | arguments | {"out": out, "logsumexp": logsumexp.float()} | gradients
+        yield Example(example.name, given, library=True)
+
+
+BACKWARD_SPEC = OpSpec(
+    name="attention_backward",
+    function=attention_backward,
+    reference=lambda grad_q=None, grad_k=None, grad_v=None, **arguments: attention_backward_reference(**arguments),
+    operator=_backward_kernel,
+    outputs=("grad_q", "grad_k", "grad_v"),
+    backends=_BACKENDS,
+    examples=lambda dtype: _backward_of(_examples(dtype)),
+    bytes_moved=lambda example: 2 * tensor_bytes(*(example.arguments[name] for name in ("q", "k", "v", "out"))),
+    flops=lambda example: 10 * example.arguments["q"].numel() * example.arguments["k"].shape[2],
+    benchmarks=lambda dtype: _backward_of(_benchmarks(dtype)),
 )

@@ -22,6 +22,7 @@ struct AttentionArgs {
   int64_t lengths_stride;
   int64_t before, after;  // query i sees keys i - before to i + after
   float scale;
+  float* logsumexp;     // (batch, heads, queries), of each query's scores; null: not wanted
   TileProduct product;  // what it lacks is done here
   char* packed;         // 64-byte aligned: AttentionLayout(args).bytes
 };

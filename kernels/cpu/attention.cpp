@@ -1,5 +1,4 @@
 #include "attention_tile.h"
-#include "pygen/exp.h"
 #include "pygen/philox.h"
 
 namespace pygen::PYGEN_ISA {
@@ -75,7 +74,8 @@ struct Tile {
     }
   }
 
-  // Makes a row's scores weights, relative to its largest score so far. NaN is none of them, and passes through exp.
+  // Makes a row's scores weights, relative to its largest score so far (here and below in powers of 2). NaN is none of
+  // them, and passes through exp.
   void weigh(int64_t r, int64_t begin, int64_t from, int64_t to, int64_t here, bool first_block) {
     float* const row = scores + r * kKeys;
     const int64_t query = first + r;
@@ -86,7 +86,7 @@ struct Tile {
     const int32_t high = static_cast<int32_t>(std::clamp<int64_t>(to - begin, 0, here));
     const bool restricted = args.mask.data != nullptr || low > 0 || high < here;
     if (restricted) restrict_to(r, begin, here, low, high);
-    const F32 scale = splat(restricted ? 1.0f : args.scale, F32{});
+    const F32 scale = splat((restricted ? 1.0f : args.scale) * kLog2E, F32{});
     const auto larger = [](F32 a, F32 b) __attribute__((always_inline)) { return max(a, b); };
     F32 most[2] = {splat(largest[r], F32{}), splat(largest[r], F32{})};
     for (int64_t j = 0; j < here; j += 2 * kLanes) {
@@ -94,25 +94,24 @@ struct Tile {
     }
     const float highest = join_lanes(max(most[0], most[1]), larger)[0];
     const bool nothing = highest == -kInfinity;
-    const float kept = nothing || first_block ? 1.0f : exp(splat(largest[r] - highest, F32{}))[0];
+    const float kept = nothing || first_block ? 1.0f : exp2(splat(largest[r] - highest, F32{}))[0];
     const F32 base = splat(nothing ? 0.0f : -highest, F32{});
     F32 sum[2] = {};
-    const auto run = [&](auto put) __attribute__((always_inline)) {
+    const auto run = [&](auto halves) __attribute__((always_inline)) {
       for (int64_t j = 0; j < here; j += 2 * kLanes) {
         for (int t = 0; t < 2; ++t) {
-          const F32 weight = exp(fma(load_bytes<F32>(row + j + t * kLanes), scale, base));
+          const int64_t place = r * kKeys + j + t * kLanes;
+          const F32 weight = weight_of<halves.value>(fma(load_bytes<F32>(scores + place), scale, base));
           sum[t] += weight;
-          put(j + t * kLanes, weight);
+          if constexpr (halves.value) {
+            store_halves(weights + place, weight);
+          } else {
+            std::memcpy(scores + place, &weight, sizeof weight);
+          }
         }
       }
     };
-    if (layout.halves) {
-      run([to = weights + r * kKeys](int64_t j, F32 weight)
-              __attribute__((always_inline)) { store_halves(to + j, weight); });
-    } else {
-      run([row](int64_t j, F32 weight)
-              __attribute__((always_inline)) { std::memcpy(row + j, &weight, sizeof weight); });
-    }
+    layout.halves ? run(std::true_type{}) : run(std::false_type{});
     const auto plus = [](F32 a, F32 b) __attribute__((always_inline)) { return a + b; };
     total[r] = total[r] * kept + join_lanes(sum[0] + sum[1], plus)[0];
     largest[r] = highest;
@@ -139,7 +138,8 @@ struct Tile {
     float* const to = args.logsumexp + (sample * args.heads + head) * args.queries + first;
     for (int64_t r = 0; r < rows; r += kLanes) {
       const F32 sum = load_bytes<F32>(total + r);
-      F32 y = load_bytes<F32>(largest + r) + log(sum, U32{}) + (sum - sum);  // NaN if the sum is
+      F32 y =
+          fma(load_bytes<F32>(largest + r), splat(kLn2, F32{}), log(sum, U32{})) + (sum - sum);  // NaN if the sum is
       y = select(sum == F32{}, splat(-kInfinity, F32{}), y);
       std::memcpy(to + r, &y, std::min<int64_t>(kLanes, count - r) * sizeof(float));
       if (count - r <= kLanes) break;

@@ -1,7 +1,6 @@
 #include "pygen/attention_backward.h"
 
 #include "attention_tile.h"
-#include "pygen/exp.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
@@ -53,7 +52,7 @@ struct Unit {
   // Of a tile of queries: q and grad as panels (depth, kQueries) and (kQueries, width), and each query's numbers.
   T *q_across, *q_along, *grad_across, *grad_along;
   float* grad_q;
-  alignas(64) float logsumexp[kQueries], delta[kQueries];
+  alignas(64) float logsumexp[kQueries], delta[kQueries];  // the first for powers of 2, if T is a half
   // Of both tiles: scores, which become weights, and their gradients.
   alignas(64) float weights[kTileKeys * kQueries], slopes[kTileKeys * kQueries];
   // The same as halves, and the slopes with rows two by two.
@@ -134,7 +133,8 @@ struct Unit {
     std::fill_n(logsumexp, kQueries, kInfinity), std::fill_n(delta, kQueries, 0.0f);
     for (int64_t r = 0; r < count; ++r) {
       const float sum = of.logsumexp[(sample * of.heads + head) * of.queries + begin + r];
-      if (sum != -kInfinity) logsumexp[r] = sum;  // a query that sees nothing weighs nothing
+      // A query that sees nothing weighs nothing.
+      if (sum != -kInfinity) logsumexp[r] = kHalves ? sum * kLog2E : sum;
       alignas(64) float grad[kRowFloats], out[kRowFloats];
       widen<kMostHeadDim>(grad, args.grad, of_grad + r * args.grad.stride[2], args.grad.stride[3], of.head_dim);
       widen<kMostHeadDim>(out, of.out, at(of.out, sample, head, begin + r), of.out.stride[3], of.head_dim);
@@ -196,7 +196,12 @@ struct Unit {
           }
           s = select(seen, s, unseen);
         }
-        F32 weight = exp(s - load_bytes<F32>(logsumexp + j));
+        F32 weight;
+        if constexpr (kHalves) {
+          weight = weight_of<true>(fma(s, splat(kLog2E, F32{}), -load_bytes<F32>(logsumexp + j)));
+        } else {  // powers of 2 are larger numbers, whose rounding is felt
+          weight = exp(s - load_bytes<F32>(logsumexp + j));
+        }
         F32 slope = weight * (load_bytes<F32>(ds + j) - load_bytes<F32>(delta + j));
         if constexpr (restricted.value) {  // whatever v holds, or a query's numbers are
           slope = select(seen & (s != unseen), slope, F32{});

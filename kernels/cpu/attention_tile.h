@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "pygen/attention.h"
+#include "pygen/exp.h"
 #include "rows.h"
 
 namespace pygen {
@@ -64,6 +65,33 @@ inline constexpr int64_t kRowFloats = kMostHeadDim + 16;
 [[maybe_unused]] inline auto product_of(const AttentionArgs& args, const Layout& layout) {
   if (layout.halves) return args.product.bfloat16;
   return args.product.float32 != nullptr ? args.product.float32 : multiply;
+}
+
+inline constexpr float kLog2E = 1.44269502f, kLn2 = 0.693147182f;
+
+// 2^x of a weight: within 3e-6 if it is to be a half, else 2 ulp; 0 where it would be subnormal.
+template <bool kHalves>
+PYGEN_INLINE F32 weight_of(F32 x) {
+#if defined(__AVX512F__)
+  const F32 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+  F32 p;
+  if constexpr (kHalves) {
+    p = fma(splat(0.0135341678f, f), f, splat(0.0520114638f, f));
+    p = fma(p, f, splat(0.241442755f, f));
+    p = fma(p, f, splat(0.693003833f, f));
+    p = fma(p, f, splat(1.00000262f, f));
+  } else {
+    p = fma(splat(0.00187757669f, f), f, splat(0.00898934063f, f));
+    p = fma(p, f, splat(0.0558263175f, f));
+    p = fma(p, f, splat(0.240153611f, f));
+    p = fma(p, f, splat(0.693153083f, f));
+    p = fma(p, f, splat(0.99999994f, f));
+  }
+  // times 2^floor(x); of NaN too
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f, x), _CMP_NLT_UQ), p, x);
+#else
+  return exp2(x);
+#endif
 }
 
 // Rounds weights to bfloat16; subnormal ones may become 0.

@@ -74,7 +74,7 @@ struct Tile {
     }
   }
 
-  // Makes a row's scores weights, relative to its largest score so far (here and below in powers of 2). NaN is none of
+  // Makes a row's scores weights, relative to its largest score so far. NaN is none of
   // them, and passes through exp.
   void weigh(int64_t r, int64_t begin, int64_t from, int64_t to, int64_t here, bool first_block) {
     float* const row = scores + r * kKeys;
@@ -86,7 +86,7 @@ struct Tile {
     const int32_t high = static_cast<int32_t>(std::clamp<int64_t>(to - begin, 0, here));
     const bool restricted = args.mask.data != nullptr || low > 0 || high < here;
     if (restricted) restrict_to(r, begin, here, low, high);
-    const F32 scale = splat((restricted ? 1.0f : args.scale) * kLog2E, F32{});
+    const F32 scale = splat(restricted ? 1.0f : args.scale, F32{});
     const auto larger = [](F32 a, F32 b) __attribute__((always_inline)) { return max(a, b); };
     F32 most[2] = {splat(largest[r], F32{}), splat(largest[r], F32{})};
     for (int64_t j = 0; j < here; j += 2 * kLanes) {
@@ -94,7 +94,7 @@ struct Tile {
     }
     const float highest = join_lanes(max(most[0], most[1]), larger)[0];
     const bool nothing = highest == -kInfinity;
-    const float kept = nothing || first_block ? 1.0f : exp2(splat(largest[r] - highest, F32{}))[0];
+    const float kept = nothing || first_block ? 1.0f : exp(splat(largest[r] - highest, F32{}))[0];
     const F32 base = splat(nothing ? 0.0f : -highest, F32{});
     F32 sum[2] = {};
     const auto run = [&](auto halves) __attribute__((always_inline)) {
@@ -138,8 +138,7 @@ struct Tile {
     float* const to = args.logsumexp + (sample * args.heads + head) * args.queries + first;
     for (int64_t r = 0; r < rows; r += kLanes) {
       const F32 sum = load_bytes<F32>(total + r);
-      F32 y =
-          fma(load_bytes<F32>(largest + r), splat(kLn2, F32{}), log(sum, U32{})) + (sum - sum);  // NaN if the sum is
+      F32 y = load_bytes<F32>(largest + r) + log(sum, U32{}) + (sum - sum);  // NaN if the sum is
       y = select(sum == F32{}, splat(-kInfinity, F32{}), y);
       std::memcpy(to + r, &y, std::min<int64_t>(kLanes, count - r) * sizeof(float));
       if (count - r <= kLanes) break;

@@ -52,7 +52,7 @@ struct Unit {
   // Of a tile of queries: q and grad as panels (depth, kQueries) and (kQueries, width), and each query's numbers.
   T *q_across, *q_along, *grad_across, *grad_along;
   float* grad_q;
-  alignas(64) float logsumexp[kQueries], delta[kQueries];  // the first for powers of 2, if T is a half
+  alignas(64) float logsumexp[kQueries], delta[kQueries];
   // Of both tiles: scores, which become weights, and their gradients.
   alignas(64) float weights[kTileKeys * kQueries], slopes[kTileKeys * kQueries];
   // The same as halves, and the slopes with rows two by two.
@@ -134,7 +134,7 @@ struct Unit {
     for (int64_t r = 0; r < count; ++r) {
       const float sum = of.logsumexp[(sample * of.heads + head) * of.queries + begin + r];
       // A query that sees nothing weighs nothing.
-      if (sum != -kInfinity) logsumexp[r] = kHalves ? sum * kLog2E : sum;
+      if (sum != -kInfinity) logsumexp[r] = sum;
       alignas(64) float grad[kRowFloats], out[kRowFloats];
       widen<kMostHeadDim>(grad, args.grad, of_grad + r * args.grad.stride[2], args.grad.stride[3], of.head_dim);
       widen<kMostHeadDim>(out, of.out, at(of.out, sample, head, begin + r), of.out.stride[3], of.head_dim);
@@ -155,8 +155,14 @@ struct Unit {
     T* const pairs = reinterpret_cast<T*>(kHalves ? static_cast<void*>(halves[2 * kHalves]) : slopes);
     // Rows that there are for the product's sake alone, and meet zeros of k.
     std::memset(pairs + tile.rows * kQueries, 0, (tile.padded - tile.rows) * kQueries * sizeof(T));
-    product(tile.rows, width, here, kQueries, width, width, tile.met, p, grad_along, tile.grad_v);
-    product(tile.rows, width, here, kQueries, width, width, tile.met, ds, q_along, tile.grad_k);
+    constexpr int64_t kPart = kHalves ? kQueries : 64;  // a product sums one after the other: few, for float's sake
+    for (int64_t from = 0; from < here; from += kPart) {
+      const int64_t part = std::min(kPart, here - from);
+      product(tile.rows, width, part, kQueries, width, width, tile.met, p + from, grad_along + from * width,
+              tile.grad_v);
+      product(tile.rows, width, part, kQueries, width, width, tile.met, ds + from, q_along + from * width, tile.grad_k);
+      tile.met = true;
+    }
     product(width, here, tile.padded, kTileKeys, kQueries, kQueries, true, tile.k_across, pairs, sums);
     tile.met = true;
   }
@@ -196,12 +202,7 @@ struct Unit {
           }
           s = select(seen, s, unseen);
         }
-        F32 weight;
-        if constexpr (kHalves) {
-          weight = weight_of<true>(fma(s, splat(kLog2E, F32{}), -load_bytes<F32>(logsumexp + j)));
-        } else {  // powers of 2 are larger numbers, whose rounding is felt
-          weight = exp(s - load_bytes<F32>(logsumexp + j));
-        }
+        F32 weight = weight_of<kHalves>(s - load_bytes<F32>(logsumexp + j));
         F32 slope = weight * (load_bytes<F32>(ds + j) - load_bytes<F32>(delta + j));
         if constexpr (restricted.value) {  // whatever v holds, or a query's numbers are
           slope = select(seen & (s != unseen), slope, F32{});

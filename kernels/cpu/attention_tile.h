@@ -67,30 +67,23 @@ inline constexpr int64_t kRowFloats = kMostHeadDim + 16;
   return args.product.float32 != nullptr ? args.product.float32 : multiply;
 }
 
-inline constexpr float kLog2E = 1.44269502f, kLn2 = 0.693147182f;
-
-// 2^x of a weight: within 3e-6 if it is to be a half, else 2 ulp; 0 where it would be subnormal.
+// e^x of a weight: within 2 ulp, or 1 + |x| if it is to be a half; 0 where it would be subnormal.
 template <bool kHalves>
 PYGEN_INLINE F32 weight_of(F32 x) {
 #if defined(__AVX512F__)
-  const F32 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
-  F32 p;
-  if constexpr (kHalves) {
-    p = fma(splat(0.0135341678f, f), f, splat(0.0520114638f, f));
-    p = fma(p, f, splat(0.241442755f, f));
-    p = fma(p, f, splat(0.693003833f, f));
-    p = fma(p, f, splat(1.00000262f, f));
-  } else {
-    p = fma(splat(0.00187757669f, f), f, splat(0.00898934063f, f));
-    p = fma(p, f, splat(0.0558263175f, f));
-    p = fma(p, f, splat(0.240153611f, f));
-    p = fma(p, f, splat(0.693153083f, f));
-    p = fma(p, f, splat(0.99999994f, f));
-  }
-  // times 2^floor(x); of NaN too
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f, x), _CMP_NLT_UQ), p, x);
+  const F32 log2e = splat(1.44269502f, x), y = x * log2e;
+  F32 f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);            // y - floor(y)
+  if constexpr (!kHalves) f += fma(x, splat(1.92596299e-8f, x), fma(x, log2e, -y));  // and what y lacks
+  F32 p = splat(0.00187757669f, f);
+  p = fma(p, f, splat(0.00898934063f, f));
+  p = fma(p, f, splat(0.0558263175f, f));
+  p = fma(p, f, splat(0.240153611f, f));
+  p = fma(p, f, splat(0.693153083f, f));
+  p = fma(p, f, splat(0.99999994f, f));
+  // times 2^floor(y); of NaN too
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, splat(-126.0f, y), _CMP_NLT_UQ), p, y);
 #else
-  return exp2(x);
+  return exp(x);
 #endif
 }
 

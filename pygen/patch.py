@@ -5,18 +5,23 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import GetSetDescriptorType
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """``owner.name`` is to become ``new``."""
+    """``owner.name`` is to become ``new``; ``what`` says so in the report."""
 
     owner: Any
     name: str
     new: Any
+    what: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,29 @@ def _schedulers(target: Any) -> Iterator[Replacement | Left]:
         yield Replacement(target, "scheduler", new.from_config(scheduler.config))
 
 
+def _models(target: Any, dtype: torch.dtype | None = None) -> Iterator[Replacement | Left]:
+    """The models of a pipeline, or one by itself."""
+    from diffusers import DiffusionPipeline, ModelMixin
+
+    from pygen.diffusers.modules import cast, modules
+
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    parts = target.components.values() if isinstance(target, DiffusionPipeline) else [target]
+    for part in parts:
+        if dtype is not None and isinstance(part, torch.nn.Module):
+            yield from cast(part, dtype)
+        if isinstance(part, ModelMixin):
+            yield from modules(part)
+
+
 def _rules(target: Any) -> Iterator[Rule]:
     """The rules for an object; a library that is not imported cannot have made it."""
     diffusers = sys.modules.get("diffusers")
     if diffusers is not None and isinstance(target, diffusers.DiffusionPipeline):
         yield _schedulers
+    if diffusers is not None and isinstance(target, diffusers.DiffusionPipeline | diffusers.ModelMixin):
+        yield _models
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is not None and isinstance(target, transformers.PreTrainedModel):
         from pygen.transformers import generation
@@ -97,20 +120,25 @@ def accelerate(target: Any, **options: Any) -> Report:
     """
     rules = list(_rules(target))
     if not rules:
-        raise TypeError(f"target must be a diffusers pipeline or a transformers model, got {type(target).__name__}")
-    for rule in rules:
-        for name in options.keys() - inspect.signature(rule).parameters.keys():
+        raise TypeError(
+            f"target must be a diffusers pipeline or model, or a transformers model, got {type(target).__name__}"
+        )
+    known = [inspect.signature(rule).parameters.keys() for rule in rules]
+    for name in options:
+        if not any(name in names for names in known):
             raise TypeError(f"{name} is not an option of accelerate for {type(target).__name__}")
-    report = Report()
-    for rule in rules:
-        for found in rule(target, **options):
+    report, replaced = Report(), Counter[str]()
+    for rule, names in zip(rules, known, strict=True):
+        for found in rule(target, **{name: options[name] for name in options.keys() & names}):
             if isinstance(found, Left):
                 report.left.append(f"{found.name}: {found.reason}")
                 continue
             old = getattr(found.owner, found.name)
             inherited = hasattr(type(found.owner), found.name) and found.name not in vars(found.owner)
+            own = inherited and not isinstance(getattr(type(found.owner), found.name), property | GetSetDescriptorType)
             setattr(found.owner, found.name, found.new)
             at = (found.owner, found.name)
-            report._undo.append(functools.partial(delattr, *at) if inherited else functools.partial(setattr, *at, old))
-            report.replaced.append(f"{found.name}: {type(old).__name__}")
+            report._undo.append(functools.partial(delattr, *at) if own else functools.partial(setattr, *at, old))
+            replaced[found.what or f"{found.name}: {type(old).__name__}"] += 1
+    report.replaced = [what if count == 1 else f"{what} ({count})" for what, count in replaced.items()]
     return report

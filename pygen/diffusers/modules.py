@@ -1,0 +1,294 @@
+"""The parts of diffusers' models on pygen's ops: what ``pygen.accelerate`` puts in the place of their forwards.
+
+A rule is a class of modules, taken exactly, and what its instances' forward becomes. Parameters stay where they are, and
+are packed a second time where a library wants them in an order of its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from pygen.ops.attention import attention
+from pygen.ops.gated_unit import geglu
+from pygen.ops.group_norm_silu import group_norm_silu
+from pygen.ops.row_norm import layer_norm
+from pygen.patch import Left, Replacement
+
+Found = Iterator[Replacement | Left]
+
+
+def modules(model: ModelMixin) -> Found:
+    """Of a model, whatever there is a rule for."""
+    for name, module in model.named_modules():
+        rule = _RULES.get(type(module))
+        if rule is not None:
+            yield from rule(name, module)
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            yield from _attention(name, module, processor)
+
+
+def _learning(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _packs(x: Tensor) -> bool:
+    """Whether oneDNN takes packed weights with it."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+
+
+class _Packed:
+    """A parameter in the order of a library, made when it is first needed and again when the parameter has changed."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.state: tuple[int, int, torch.dtype] | None = None
+
+    def get(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
+        state = (self.parameter.data_ptr(), self.parameter._version, self.parameter.dtype)
+        if state != self.state:
+            self.packed, self.state = pack(self.parameter.detach()), state
+        return self.packed
+
+
+def _convolution(name: str, module: nn.Conv2d) -> Found:
+    """Channels-last, on a weight that oneDNN has put in its own order once and not at every call."""
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        yield Left(name, f"Conv2d with padding {module.padding!r}, {module.padding_mode}")
+        return
+    how = (module.padding, module.stride, module.dilation, module.groups)
+    packed = _Packed(module.weight)
+
+    def forward(input: Tensor) -> Tensor:  # noqa: A002
+        if _learning(input, module.weight, module.bias) or not _packs(input):
+            return nn.Conv2d.forward(module, input)
+        input = input.contiguous(memory_format=torch.channels_last)
+        reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+        weight = packed.get(lambda weight: reorder(weight.to_mkldnn(), *how, list(input.shape)))
+        return torch.ops.mkldnn._convolution_pointwise(input, weight, module.bias, *how, "none", [], "")
+
+    yield Replacement(module, "forward", forward, "Conv2d")
+
+
+def _linear(name: str, module: nn.Linear) -> Found:
+    """Likewise; and the bias goes with the product, where torch copies it into the result first."""
+    packed = _Packed(module.weight)
+
+    def forward(input: Tensor) -> Tensor:  # noqa: A002
+        if _learning(input, module.weight, module.bias) or not _packs(input):
+            return nn.Linear.forward(module, input)
+        rows = input.numel() // module.in_features
+        weight = packed.get(lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, rows))
+        return torch.ops.mkldnn._linear_pointwise(input, weight, module.bias, "none", [], "")
+
+    yield Replacement(module, "forward", forward, "Linear")
+
+
+def _layer_norm(name: str, module: nn.LayerNorm) -> Found:
+    if len(module.normalized_shape) != 1:
+        yield Left(name, "LayerNorm over several dimensions")
+        return
+
+    def forward(input: Tensor) -> Tensor:  # noqa: A002
+        return layer_norm(input, module.weight, module.bias, eps=module.eps)
+
+    yield Replacement(module, "forward", forward, "LayerNorm")
+
+
+def _resnet_block(name: str, module: ResnetBlock2D) -> Found:
+    if not isinstance(module.nonlinearity, nn.SiLU):
+        yield Left(name, f"ResnetBlock2D with {type(module.nonlinearity).__name__}")
+        return
+
+    def norm(x: Tensor, of: nn.GroupNorm) -> Tensor:
+        return group_norm_silu(x, of.weight, of.bias, of.num_groups, of.eps)
+
+    def forward(input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        x = norm(input_tensor, module.norm1)
+        for sample in (module.upsample, module.downsample):
+            if sample is not None:
+                input_tensor, x = sample(input_tensor), sample(x)
+        x = module.conv1(x)
+        scale = None
+        if module.time_emb_proj is not None and temb is not None:
+            if not module.skip_time_act:
+                temb = module.nonlinearity(temb)
+            temb = module.time_emb_proj(temb)[:, :, None, None]
+            if module.time_embedding_norm == "scale_shift":
+                scale, shift = temb.chunk(2, dim=1)
+            else:
+                x = x + temb
+        if scale is None:
+            x = norm(x, module.norm2)
+        else:
+            x = module.nonlinearity(module.norm2(x) * (1 + scale) + shift)
+        x = module.conv2(module.dropout(x))
+        if module.conv_shortcut is not None:
+            input_tensor = module.conv_shortcut(input_tensor)
+        x = input_tensor + x
+        return x if module.output_scale_factor == 1 else x / module.output_scale_factor
+
+    yield Replacement(module, "forward", forward, "ResnetBlock2D")
+
+
+def _geglu(name: str, module: GEGLU) -> Found:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        up, gate = module.proj(hidden_states).chunk(2, dim=-1)
+        return geglu(gate, up)
+
+    yield Replacement(module, "forward", forward, "GEGLU")
+
+
+def _transformer(name: str, module: Transformer2DModel) -> Found:
+    """Whose tokens become an image again in place, channels-last."""
+    if not module.is_input_continuous:
+        return
+
+    def output(
+        hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        if module.use_linear_projection:
+            hidden_states = module.proj_out(hidden_states)
+        image = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return residual + (image if module.use_linear_projection else module.proj_out(image))
+
+    yield Replacement(module, "_get_output_for_continuous_inputs", output, "Transformer2DModel")
+
+
+_RULES: dict[type, Callable[[str, Any], Found]] = {
+    nn.Conv2d: _convolution,
+    nn.Linear: _linear,
+    nn.LayerNorm: _layer_norm,
+    ResnetBlock2D: _resnet_block,
+    GEGLU: _geglu,
+    Transformer2DModel: _transformer,
+}
+
+
+def _attention(name: str, module: Any, processor: Any) -> Found:
+    kind = type(processor)
+    if isinstance(processor, PygenAttnProcessor) or getattr(processor, "_attention_backend", None) is _BACKEND:
+        return
+    if type(module) is Attention and kind in (AttnProcessor, AttnProcessor2_0):
+        yield Replacement(module, "processor", PygenAttnProcessor(), "attention")
+    elif hasattr(processor, "_attention_backend"):
+        yield Replacement(processor, "_attention_backend", _BACKEND, "attention")
+    else:
+        yield Left(name, f"{kind.__module__}.{kind.__name__} is no processor that there is a rule for")
+
+
+class PygenAttnProcessor:
+    """``AttnProcessor2_0`` on ``pygen.attention``; keys and values of one text are made once for all steps."""
+
+    def __init__(self) -> None:
+        self.text: weakref.ref[Tensor] | None = None
+        self.state: tuple[object, ...] = ()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        residual, shape = hidden_states, hidden_states.shape
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], text.shape[0])
+            attention_mask = attention_mask.view(text.shape[0], attn.heads, -1, attention_mask.shape[-1])
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        query = _heads(attn, attn.to_q(hidden_states), attn.norm_q)
+        if encoder_hidden_states is None:
+            key, value = self._keys_and_values(attn, hidden_states)
+        else:
+            key, value = self._of_text(attn, encoder_hidden_states)
+        y = attention(query, key, value, mask=attention_mask, scale=None)
+        y = attn.to_out[1](attn.to_out[0](y.transpose(1, 2).flatten(2)))
+        if len(shape) == 4:
+            y = y.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            y = y + residual
+        return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
+
+    def _keys_and_values(self, attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
+        return _heads(attn, attn.to_k(states), attn.norm_k), _heads(attn, attn.to_v(states), None)
+
+    def _of_text(self, attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the very tensor, unchanged, that they were last made of, if nothing learns by them."""
+        parameters = [p for layer in (attn.to_k, attn.to_v) for p in layer.parameters()]
+        fresh = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
+        if _learning(text, *parameters) or attn.norm_cross or torch.compiler.is_compiling():
+            return self._keys_and_values(attn, fresh)
+        state = (text._version, *(s for p in parameters for s in (p.data_ptr(), p._version, p.dtype)))
+        if self.text is None or self.text() is not text or self.state != state:
+            self.held = self._keys_and_values(attn, text)
+            self.text, self.state = weakref.ref(text), state
+        return self.held
+
+
+def _heads(attn: Attention, x: Tensor, norm: nn.Module | None) -> Tensor:
+    """(batch, heads, length, head_dim)."""
+    x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return x if norm is None else norm(x)
+
+
+def _dispatched(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor:
+    """What diffusers' dispatcher calls: (batch, length, heads, head_dim)."""
+    if dropout_p or _parallel_config is not None:
+        raise ValueError("pygen's attention has no dropout and no context parallelism: undo pygen.accelerate for them")
+    if attn_mask is not None and attn_mask.dim() == 2:  # of the keys of each sample
+        attn_mask = attn_mask[:, None, None]
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return attention(q, k, v, mask=attn_mask, causal=is_causal, scale=scale).transpose(1, 2)
+
+
+def _backend() -> AttentionBackendName:
+    """A name beside those that diffusers' dispatcher knows, for processors that carry it."""
+    name = str.__new__(AttentionBackendName, "pygen")
+    name._name_, name._value_ = "PYGEN", "pygen"
+    _AttentionBackendRegistry.register(name)(_dispatched)
+    return name
+
+
+_BACKEND = _backend()
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> Found:
+    """Parameters and buffers in another dtype, convolutions' channels-last."""
+    label = str(dtype).removeprefix("torch.")
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            new = tensor.detach().to(dtype)
+            if new.dim() == 4:
+                new = new.contiguous(memory_format=torch.channels_last)
+            yield Replacement(tensor, "data", new, f"tensor, now {label}")
+

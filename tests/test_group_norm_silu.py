@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 import pygen
+from tests.error_rule import assert_error_rule
 
 X, ONES = torch.ones(2, 8, 4, 4), torch.ones(8)
 CHANNELS_LAST = X.to(memory_format=torch.channels_last)
@@ -23,6 +27,35 @@ def test_threads_and_batch_do_not_matter_to_the_bit(memory_format: torch.memory_
         results.append(torch.cat([pygen.group_norm_silu(sample, weight, bias, 32) for sample in x.split(1)]))
     torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_err_no_more_than_torchs(memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    x, grad = (drawn.to(dtype).to(memory_format=memory_format) for drawn in torch.randn(2, 3, 96, 9, 11))
+    weight, bias = torch.randn(2, 96).to(dtype)
+
+    def gradients(function: Callable[..., Tensor], to: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(to).requires_grad_() for tensor in (x.clone(), weight.clone(), bias.clone())]
+        function(leaves[0], *leaves[1:]).backward(grad.to(to).contiguous())
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    def by_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32, weight, bias))
+
+    ours = gradients(lambda *leaves: pygen.group_norm_silu(*leaves, 32), dtype)
+    assert ours[0].is_contiguous(memory_format=memory_format)
+    for name, *triple in zip(
+        ("x", "weight", "bias"), ours, gradients(by_torch, dtype), gradients(by_torch, torch.float64), strict=True
+    ):
+        assert_error_rule([tuple(triple)], name)
+
+
+def test_gradients_are_those_of_the_reference() -> None:
+    x, weight, bias = (torch.randn(size, dtype=torch.float64).requires_grad_() for size in ((2, 6, 3, 4), (6,), (6,)))
+    with pygen.backend("reference"):
+        assert torch.autograd.gradcheck(lambda *leaves: pygen.group_norm_silu(*leaves, 3), (x, weight, bias))
+        assert torch.autograd.gradcheck(lambda x: pygen.group_norm_silu(x, None, bias.detach(), 2), (x,))
 
 
 def test_output_has_the_memory_format_of_x() -> None:
@@ -53,8 +86,8 @@ def test_allocates_nothing_with_out() -> None:
         ({"out": torch.ones(2, 8, 16)}, ValueError, "out must have x's shape"),
         ({"out": X.half()}, TypeError, "out must have x's dtype"),
         ({"out": CHANNELS_LAST.clone()}, ValueError, "out must have x's memory format"),
-        ({"x": X.clone().requires_grad_()}, RuntimeError, "not differentiable, and x requires grad"),
-        ({"weight": ONES.clone().requires_grad_()}, RuntimeError, "not differentiable, and weight requires grad"),
+        ({"x": X.clone().requires_grad_(), "out": X.clone()}, RuntimeError, "not differentiable, and x requires grad"),
+        ({"weight": ONES.clone().requires_grad_(), "out": X.clone()}, RuntimeError, "not differentiable, and weight"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:

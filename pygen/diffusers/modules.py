@@ -70,7 +70,7 @@ def _convolution(name: str, module: nn.Conv2d) -> Found:
     how = (module.padding, module.stride, module.dilation, module.groups)
     packed = _Packed(module.weight)
 
-    def forward(input: Tensor) -> Tensor:  # noqa: A002
+    def forward(input: Tensor) -> Tensor:
         if _learning(input, module.weight, module.bias) or not _packs(input):
             return nn.Conv2d.forward(module, input)
         input = input.contiguous(memory_format=torch.channels_last)
@@ -85,7 +85,7 @@ def _linear(name: str, module: nn.Linear) -> Found:
     """Likewise; and the bias goes with the product, where torch copies it into the result first."""
     packed = _Packed(module.weight)
 
-    def forward(input: Tensor) -> Tensor:  # noqa: A002
+    def forward(input: Tensor) -> Tensor:
         if _learning(input, module.weight, module.bias) or not _packs(input):
             return nn.Linear.forward(module, input)
         rows = input.numel() // module.in_features
@@ -100,7 +100,7 @@ def _layer_norm(name: str, module: nn.LayerNorm) -> Found:
         yield Left(name, "LayerNorm over several dimensions")
         return
 
-    def forward(input: Tensor) -> Tensor:  # noqa: A002
+    def forward(input: Tensor) -> Tensor:
         return layer_norm(input, module.weight, module.bias, eps=module.eps)
 
     yield Replacement(module, "forward", forward, "LayerNorm")
@@ -291,4 +291,3 @@ def cast(model: nn.Module, dtype: torch.dtype) -> Found:
             if new.dim() == 4:
                 new = new.contiguous(memory_format=torch.channels_last)
             yield Replacement(tensor, "data", new, f"tensor, now {label}")
-

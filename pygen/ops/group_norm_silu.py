@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pygen import _C  # noqa: F401  (registers the operator)
@@ -28,6 +29,8 @@ def group_norm_silu(
 ) -> Tensor:
     """silu(group_norm(x)): statistics in float32 or better, whatever x's mean; one rounding to x's dtype at the end.
 
+    Differentiable; its backward pass makes the statistics again, and runs on the CPU alone.
+
     On a CPU the (sample, group) pairs are shared among the threads, neighbouring groups together where x is
     channels-last: where there are fewer pairs than threads, some threads rest.
 
@@ -36,7 +39,8 @@ def group_norm_silu(
         weight, bias: (channels,), in x's dtype or float32; 1 and 0 where None.
         groups: how many groups of neighbouring channels to normalise; divides the channels.
         eps: added to the variance.
-        out: of x's shape, dtype and memory format; may be x. New where left out.
+        out: of x's shape, dtype and memory format; may be x. New where left out; where it is given, nothing is recorded
+            for autograd.
 
     Returns:
         ``out``.
@@ -45,6 +49,10 @@ def group_norm_silu(
         ValueError, TypeError: naming the argument.
     """
     if out is None:
+        learns = (tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
+        if torch.is_grad_enabled() and any(learns):
+            recorded: Tensor = _GroupNormSilu.apply(x, weight, bias, groups, eps)
+            return recorded
         out = torch.empty_like(x)
     if use_reference("group_norm_silu", _BACKENDS, x.device):
         return out.copy_(group_norm_silu_reference(x, weight, bias, groups, eps)[0])
@@ -53,6 +61,58 @@ def group_norm_silu(
     else:
         _kernel(x, weight, bias, groups, eps, out)
     return out
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.groups, ctx.eps = groups, eps
+        return group_norm_silu(x, weight, bias, groups, eps, out=torch.empty_like(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        grad_x = torch.empty_like(x)
+        sums = x.new_empty((*x.shape[:2], 2), dtype=torch.promote_types(x.dtype, torch.float32))
+        group_norm_silu_backward(x, grad, weight, bias, ctx.groups, ctx.eps, grad_x, sums)
+        of_parameters = (
+            total.to(parameter.dtype) if parameter is not None else None
+            for total, parameter in zip(sums.sum(0).unbind(1), (weight, bias), strict=True)
+        )
+        return grad_x, *of_parameters, None, None
+
+
+def group_norm_silu_backward(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    grad_x: Tensor,
+    channel_sums: Tensor,
+) -> Tensor:
+    """Writes the gradient of x, and each sample's part in those of weight and bias.
+
+    Args:
+        grad: of the result; as x, and of its memory format.
+        grad_x: receives x's gradient; likewise.
+        channel_sums: float32 (samples, channels, 2), contiguous: receives the parts of weight's and of bias's gradient.
+
+    Returns:
+        ``grad_x``.
+    """
+    if use_reference("group_norm_silu_backward", ("reference", "cpu"), x.device):
+        results = group_norm_silu_backward_reference(x, grad, weight, bias, groups, eps)
+        for tensor, result in zip((grad_x, channel_sums), results, strict=True):
+            tensor.copy_(result)
+        return grad_x
+    _backward_kernel(x, grad, weight, bias, groups, eps, grad_x, channel_sums)
+    return grad_x
 
 
 def group_norm_silu_reference(
@@ -64,7 +124,38 @@ def group_norm_silu_reference(
     return (functional.silu(torch.group_norm(x.to(compute), groups, weight, bias, eps)).to(x.dtype),)
 
 
+def group_norm_silu_backward_reference(
+    x: Tensor, grad: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    compute = torch.promote_types(x.dtype, torch.float32)
+
+    def by_channel(parameter: Tensor | None, otherwise: float) -> Tensor:
+        values = x.new_full((x.shape[1],), otherwise, dtype=compute) if parameter is None else parameter.to(compute)
+        return values.reshape(1, groups, -1, 1)
+
+    size = (len(x), groups, x.shape[1] // groups, math.prod(x.shape[2:]))
+    wide, wide_grad = (tensor.to(compute).reshape(size) for tensor in (x, grad))
+    variance, mean = torch.var_mean(wide, dim=(2, 3), correction=0, keepdim=True)
+    reciprocal = (variance + eps).rsqrt()
+    normal = (wide - mean) * reciprocal
+    weights = by_channel(weight, 1.0)
+    z = normal * weights + by_channel(bias, 0.0)
+    slope = z.sigmoid() * (1 + z * (1 - z.sigmoid()))
+    of_z = wide_grad * slope
+    weighed = of_z * weights
+    means = weighed.mean((2, 3), keepdim=True), (weighed * normal).mean((2, 3), keepdim=True)
+    of_x = reciprocal * (weighed - means[0] - normal * means[1])
+    sums = torch.stack(((of_z * normal).sum(3), of_z.sum(3)), dim=-1).reshape(len(x), x.shape[1], 2)
+    return of_x.reshape(x.shape).to(x.dtype), sums
+
+
 _kernel = torch.ops.pygen.group_norm_silu.default
+_backward_kernel = torch.ops.pygen.group_norm_silu_backward.default
+
+
+@torch.library.register_fake("pygen::group_norm_silu_backward")
+def _fake_backward(*arguments: object) -> None:
+    return None
 
 
 @torch.library.register_fake("pygen::group_norm_silu")
@@ -225,4 +316,30 @@ GROUP_NORM_SILU = OpSpec(
     bytes_moved=lambda example: tensor_bytes(example.arguments["x"], example.arguments["out"]),
     flops=lambda example: 30 * example.arguments["x"].numel(),
     benchmarks=_benchmarks,
+)
+
+
+def _backward_of(examples: Iterator[Example]) -> Iterator[Example]:
+    generator = torch.Generator().manual_seed(1)
+    for example in examples:
+        x = example.arguments["x"]
+        if any(word in example.name for word in ("NaN", "in place", "constant", "one element")):
+            continue  # the gradients of the last two are rounding errors alone
+        grad, sums = torch.empty_like(x), torch.full((*x.shape[:2], 2), math.nan)
+        grad.copy_(torch.randn(x.shape, generator=generator))
+        given = {name: value for name, value in example.arguments.items() if name not in ("x", "out")}
+        yield Example(example.name, {"x": x, "grad": grad} | given | {"grad_x": grad.clone(), "channel_sums": sums})
+
+
+GROUP_NORM_SILU_BACKWARD = OpSpec(
+    name="group_norm_silu_backward",
+    function=group_norm_silu_backward,
+    reference=lambda grad_x, channel_sums, **arguments: group_norm_silu_backward_reference(**arguments),
+    operator=_backward_kernel,
+    outputs=("grad_x", "channel_sums"),
+    backends=("reference", "cpu"),
+    examples=lambda dtype: _backward_of(_examples(dtype)),
+    bytes_moved=lambda example: 3 * tensor_bytes(example.arguments["x"]),
+    flops=lambda example: 60 * example.arguments["x"].numel(),
+    benchmarks=lambda dtype: _backward_of(_benchmarks(dtype)),
 )

@@ -1,0 +1,261 @@
+#include "pygen/group_norm_silu_backward.h"
+
+#include "group_moments.h"
+#include "pygen/exp.h"
+
+namespace pygen::PYGEN_ISA {
+namespace {
+
+// What a channel's gradients are made with: z = away * factor + offset, where away = x - center; and
+// grad_x = dz * slope + away * tilt + shift.
+struct Coefficients {
+  float center, factor, offset, slope, tilt, shift;
+};
+
+// The sums of dz and dz * away over a channel's pixels, and with them over a group's.
+struct Sums {
+  double gradient, product;
+};
+
+PYGEN_INLINE F32 gradient_of_z(F32 away, F32 grad, F32 factor, F32 offset) {
+  const F32 z = fma(away, factor, offset), one = splat(1.0f, z), sigmoid = one / (exp(-z) + one);
+  return grad * fma(z * sigmoid, one - sigmoid, sigmoid);
+}
+
+// A channel's sums become those of dz and dz n, which are kept, and join its group's, weighted.
+PYGEN_INLINE void keep(const GroupNormSiluBackwardArgs& args, const Statistics& statistics, int64_t sample,
+                       int64_t channel, const Sums& sums, Sums& group) {
+  const double off_center = static_cast<float>(statistics.mean) - statistics.mean;
+  const double product = (sums.product + sums.gradient * off_center) * statistics.reciprocal_deviation;
+  float* const to = args.channel_sums + (sample * args.forward.channels + channel) * 2;
+  to[0] = static_cast<float>(product), to[1] = static_cast<float>(sums.gradient);
+  const double weight = element(args.forward.weight, channel, 1.0);
+  group.gradient += weight * sums.gradient, group.product += weight * product;
+}
+
+PYGEN_INLINE Coefficients coefficients_of(const GroupNormSiluBackwardArgs& args, const Statistics& statistics,
+                                          int64_t channel, const Sums& group) {
+  const Scale scale = statistics.scale(args.forward, channel);
+  const double count = static_cast<double>(args.forward.channels / args.forward.groups * args.forward.pixels);
+  const double reciprocal = statistics.reciprocal_deviation, tilt = -group.product / count * reciprocal * reciprocal;
+  const double shift = -group.gradient / count * reciprocal + tilt * (scale.center - statistics.mean);
+  const double slope = reciprocal * element(args.forward.weight, channel, 1.0);
+  return {scale.center,
+          scale.factor,
+          scale.offset,
+          static_cast<float>(slope),
+          static_cast<float>(tilt),
+          static_cast<float>(shift)};
+}
+
+// ---- Channel by channel --------------------------------------------------------------------------------------------
+
+// Calls visit(x, grad, place) for vectors of a channel's pixels; what lies behind the last is 0, and is not written.
+inline constexpr int64_t kTogether = 64;  // pixels, whatever the width of a vector
+
+template <DType kDType, class Visit>
+PYGEN_INLINE void each_pixel(const char* x, const char* grad, char* out, int64_t count, Visit visit) {
+  constexpr int64_t kSize = size_of(kDType);
+  for (int64_t i = 0; i < count; i += kTogether) {
+    const int64_t here = std::min(count - i, kTogether);
+    alignas(64) char padded[3][kTogether * kSize] = {};
+    const char* from[2] = {x + i * kSize, grad + i * kSize};
+    char* to = out == nullptr ? nullptr : out + i * kSize;
+    if (here < kTogether) {
+      for (int t = 0; t < 2; ++t) std::memcpy(padded[t], from[t], here * kSize), from[t] = padded[t];
+      to = padded[2];
+    }
+#pragma GCC unroll 16
+    for (int64_t v = 0; v < kTogether / kLanes; ++v) {
+      const int64_t at = v * kLanes * kSize;
+      visit(v, load<kDType>(from[0] + at), load<kDType>(from[1] + at), to + at);
+    }
+    if (here < kTogether && out != nullptr) std::memcpy(out + i * kSize, padded[2], here * kSize);
+  }
+}
+
+template <DType kDType>
+Sums channel_sums(const char* x, const char* grad, int64_t count, const Scale& scale) {
+  constexpr int kVectors = kTogether / kLanes;
+  constexpr int64_t kBlock = 16 * kTogether;
+  const F32 center = splat(scale.center, F32{}), factor = splat(scale.factor, F32{}),
+            offset = splat(scale.offset, F32{});
+  double gradients[kTogether] = {}, products[kTogether] = {};
+  for (int64_t i = 0; i < count; i += kBlock) {
+    F32 gradient[kVectors] = {}, product[kVectors] = {};
+    each_pixel<kDType>(x + i * size_of(kDType), grad + i * size_of(kDType), nullptr, std::min(count - i, kBlock),
+                       [&](int64_t v, F32 value, F32 g, char*) __attribute__((always_inline)) {
+                         const F32 away = value - center, dz = gradient_of_z(away, g, factor, offset);
+                         gradient[v] += dz, product[v] = fma(dz, away, product[v]);
+                       });
+    for (int64_t j = 0; j < kTogether; ++j) {
+      gradients[j] += gradient[j / kLanes][j % kLanes], products[j] += product[j / kLanes][j % kLanes];
+    }
+  }
+  Sums sums{};
+  for (int64_t j = 0; j < kTogether; ++j) sums.gradient += gradients[j], sums.product += products[j];
+  return sums;
+}
+
+template <DType kDType>
+void by_channel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t group) {
+  const GroupNormSiluArgs& of = args.forward;
+  const int64_t channels = of.channels / of.groups, first = group * channels;
+  const auto at = [&](const Operand& operand, int64_t channel) {
+    const int64_t offset = sample * operand.stride[0] + channel * operand.stride[1];
+    return static_cast<char*>(operand.data) + offset * size_of(kDType);
+  };
+  const Statistics statistics = statistics_of(piece_moments<kDType>(at(of.x, first), channels * of.pixels), of.eps);
+  Sums sums{};
+  for (int64_t c = first; c < first + channels; ++c) {
+    keep(args, statistics, sample, c,
+         channel_sums<kDType>(at(of.x, c), at(args.grad, c), of.pixels, statistics.scale(of, c)), sums);
+  }
+  for (int64_t c = first; c < first + channels; ++c) {
+    const Coefficients k = coefficients_of(args, statistics, c, sums);
+    const auto all = [](float value) __attribute__((always_inline)) { return splat(value, F32{}); };
+    const F32 center = all(k.center), factor = all(k.factor), offset = all(k.offset);
+    const F32 slope = all(k.slope), tilt = all(k.tilt), shift = all(k.shift);
+    each_pixel<kDType>(at(of.x, c), at(args.grad, c), at(args.grad_x, c), of.pixels,
+                       [&](int64_t, F32 value, F32 g, char* to) __attribute__((always_inline)) {
+                         const F32 away = value - center, dz = gradient_of_z(away, g, factor, offset);
+                         store<kDType>(to, fma(dz, slope, fma(away, tilt, shift)));
+                       });
+  }
+}
+
+// ---- Pixel by pixel ------------------------------------------------------------------------------------------------
+
+struct SlotCoefficients {
+  Slots center, factor, offset, slope, tilt, shift;
+
+  void set(int64_t slot, const Coefficients& k) {
+    center.at[slot] = k.center, factor.at[slot] = k.factor, offset.at[slot] = k.offset;
+    slope.at[slot] = k.slope, tilt.at[slot] = k.tilt, shift.at[slot] = k.shift;
+  }
+};
+
+// Of a block: few, so that sums of float lose little, and the first-level cache holds them.
+inline constexpr int64_t kSumRows = 16;
+static_assert(kSumRows <= kBlockRows);
+
+// Calls visit(v, over) for the vectors of each block of rows, of which over(step) calls step(x, grad, place) row by row.
+template <DType kDType, class Visit, class Block>
+PYGEN_INLINE void each_row(const Rows<kDType>& x, const Rows<kDType>& grad, const Rows<kDType>* out, int64_t count,
+                           Visit visit, Block block) {
+  for (int64_t row = 0; row < count; row += kSumRows) {
+    const int64_t here = std::min(count - row, kSumRows);
+    x.gather(row, here), grad.gather(row, here);
+    const char *const from = x.block(row), *const from_grad = grad.block(row);
+    char* const to = out == nullptr ? nullptr : out->block(row);
+    for (int64_t v = 0; v < x.vectors; ++v) {
+      const int64_t at = x.start(v) * size_of(kDType);
+      visit(v, [&](auto step) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < here; ++r) {
+          step(load<kDType>(from + r * x.block_stride() + at), load<kDType>(from_grad + r * grad.block_stride() + at),
+               to == nullptr ? nullptr : to + r * out->block_stride() + at);
+        }
+      });
+    }
+    if (out != nullptr) out->scatter(row, here);
+    block();
+  }
+}
+
+template <DType kDType>
+void by_pixel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t group) {
+  const GroupNormSiluArgs& of = args.forward;
+  const int64_t channels = of.channels / of.groups;
+  const int64_t begin = group * channels, end = begin + of.unit * channels;
+  char copies[3][Rows<kDType>::kCopyBytes];
+
+  Moments moments[kChannelTile] = {};
+  Statistics statistics[kChannelTile];
+  Sums sums[kChannelTile] = {};
+  SlotCoefficients k = {};
+  const auto each_tile = [&](auto visit) {
+    for (int64_t tile = begin; tile < end; tile += kChannelTile) {
+      const int64_t width = std::min(end - tile, kChannelTile);
+      visit(tile, width, Rows<kDType>(of.x, sample, tile, width, copies[0]),
+            Rows<kDType>(args.grad, sample, tile, width, copies[1]));
+    }
+  };
+  const auto set = [&](const Rows<kDType>& rows, int64_t tile, int64_t width) {
+    for (int64_t slot = 0; slot < rows.vectors * kLanes; ++slot) {
+      const int64_t c = rows.channel(slot);
+      if (c >= width) break;
+      const int64_t g = (tile + c - begin) / channels;
+      k.set(slot, coefficients_of(args, statistics[g], tile + c, sums[g]));
+    }
+  };
+
+  each_tile([&](int64_t tile, int64_t width, const Rows<kDType>& rows, const Rows<kDType>&) {
+    double mean[kChannelTile], square[kChannelTile];
+    row_moments(rows, of.pixels, mean, square);
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t slot = rows.slot(c);
+      moments[(tile + c - begin) / channels].join({static_cast<double>(of.pixels), mean[slot], square[slot]});
+    }
+  });
+  for (int64_t g = 0; g < of.unit; ++g) statistics[g] = statistics_of(moments[g], of.eps);
+
+  each_tile([&](int64_t tile, int64_t width, const Rows<kDType>& x, const Rows<kDType>& grad) {
+    const int64_t slots = x.vectors * kLanes;
+    double gradients[kChannelTile] = {}, products[kChannelTile] = {};
+    Slots gradient = {}, product = {};
+    set(x, tile, width);
+    const auto visit = [&](int64_t v, auto over) __attribute__((always_inline)) {
+      const F32 center = k.center.vector(v), factor = k.factor.vector(v), offset = k.offset.vector(v);
+      F32 a{}, b{};
+      over([&](F32 value, F32 g, char*) __attribute__((always_inline)) {
+        const F32 away = value - center, dz = gradient_of_z(away, g, factor, offset);
+        a += dz, b = fma(dz, away, b);
+      });
+      gradient.set(v, a), product.set(v, b);
+    };
+    each_row<kDType>(x, grad, nullptr, of.pixels, visit, [&] {
+      for (int64_t i = 0; i < slots; ++i) gradients[i] += gradient.at[i], products[i] += product.at[i];
+    });
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t slot = x.slot(c), g = (tile + c - begin) / channels;
+      keep(args, statistics[g], sample, tile + c, {gradients[slot], products[slot]}, sums[g]);
+    }
+  });
+
+  each_tile([&](int64_t tile, int64_t width, const Rows<kDType>& x, const Rows<kDType>& grad) {
+    const Rows<kDType> out(args.grad_x, sample, tile, width, copies[2]);
+    set(x, tile, width);
+    const auto visit = [&](int64_t v, auto over) __attribute__((always_inline)) {
+      const F32 center = k.center.vector(v), factor = k.factor.vector(v), offset = k.offset.vector(v);
+      const F32 slope = k.slope.vector(v), tilt = k.tilt.vector(v), shift = k.shift.vector(v);
+      over([&](F32 value, F32 g, char* to) __attribute__((always_inline)) {
+        const F32 away = value - center, dz = gradient_of_z(away, g, factor, offset);
+        store<kDType>(to, fma(dz, slope, fma(away, tilt, shift)));
+      });
+    };
+    each_row<kDType>(x, grad, &out, of.pixels, visit, [] {});
+  });
+}
+
+template <DType kDType>
+void run(const GroupNormSiluBackwardArgs& args, int64_t begin, int64_t end) {
+  const GroupNormSiluArgs& of = args.forward;
+  const int64_t units = of.groups / of.unit;
+  const auto unit = of.by_channel ? by_channel<kDType> : by_pixel<kDType>;
+  for (int64_t i = begin; i < end; ++i) unit(args, i / units, i % units * of.unit);
+}
+
+}  // namespace
+
+void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args, int64_t begin, int64_t end) {
+  switch (args.forward.x.dtype) {
+    case DType::kFloat32:
+      return run<DType::kFloat32>(args, begin, end);
+    case DType::kBFloat16:
+      return run<DType::kBFloat16>(args, begin, end);
+    default:
+      return run<DType::kFloat16>(args, begin, end);
+  }
+}
+
+}  // namespace pygen::PYGEN_ISA

@@ -76,7 +76,8 @@ def _models(target: Any, dtype: torch.dtype | None = None) -> Iterator[Replaceme
 
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
-    parts = target.components.values() if isinstance(target, DiffusionPipeline) else [target]
+    pipeline: Any = target
+    parts = pipeline.components.values() if isinstance(target, DiffusionPipeline) else [target]
     for part in parts:
         if dtype is not None and isinstance(part, torch.nn.Module):
             yield from cast(part, dtype)
@@ -102,14 +103,19 @@ def accelerate(target: Any, **options: Any) -> Report:
     """Put pygen's parts in the place of a pipeline's or a model's, in place.
 
     Args:
-        target: a diffusers pipeline. Its scheduler is replaced by the drop-in of the same name and configuration, and
-            still saves as diffusers' own.
+        target: a diffusers pipeline, or one of diffusers' models. The scheduler is replaced by the drop-in of the same
+            name and configuration, and still saves as diffusers' own. In models, attention, ResNet blocks, GEGLU,
+            LayerNorm, convolutions and linear layers run by pygen's ops, and by oneDNN on packed weights (which are
+            held a second time, and packed again when they have changed); results stay within what rounding makes of
+            them. Keys and values of a text are made once for all steps. Training runs too, without packed weights.
             Or a transformers causal language model on the CPU. Its ``generate`` runs on a ``pygen.Decoder`` of its
             parameters, which are held a second time, packed, and packed again when they have changed; in float32 it
-            gives the same greedy tokens. Hooks on its modules are not called by it. What it does not do (beams, say)
-            runs as before, with a warning that names it.
-        options: of a language model: ``weights`` ("float32", "bfloat16", "int8" or "int4"; the parameters' own dtype
-            where left out), ``group`` and ``cache_tokens`` of ``pygen.Decoder``.
+            gives the same greedy tokens. Hooks on its modules are not called by it. What it does not do runs as before,
+            with a warning that names it.
+        options: of a pipeline or its models: ``dtype``, which parameters and buffers become, convolutions'
+            channels-last; what they were is held for ``undo``. Of a language model: ``weights`` ("float32", "bfloat16",
+            "int8" or "int4"; the parameters' own dtype where left out), ``group`` and ``cache_tokens`` of
+            ``pygen.Decoder``.
 
     Returns:
         What was replaced and what was left; ``.undo()`` takes it back. Accelerating twice replaces nothing more.

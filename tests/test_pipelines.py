@@ -115,7 +115,9 @@ def test_the_same_images(build, name, config, monkeypatch):
     theirs = images(build(kind(**config)), call, torch.float32)
     pipe = build(kind(**config))
     report = pygen.accelerate(pipe)
-    assert report.replaced == [f"scheduler: {name}"]
+    assert report.replaced[0] == f"scheduler: {name}"
+    assert {"Conv2d", "Linear", "attention"} <= {what.partition(" (")[0] for what in report.replaced}
+    assert report.left == []
     assert type(pipe.scheduler) is getattr(pygen.diffusers, name)
     ours = images(pipe, call, torch.float32)
     assert_error_rule([(ours, theirs, truth)], name)
@@ -129,7 +131,7 @@ def test_saves_as_diffusers_own_and_comes_back(tmp_path):
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
     loaded = diffusers.DiTPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is diffusers.DDIMScheduler
-    assert pygen.accelerate(loaded).replaced == ["scheduler: DDIMScheduler"]
+    assert pygen.accelerate(loaded).replaced[0] == "scheduler: DDIMScheduler"
     assert type(loaded.scheduler) is pygen.diffusers.DDIMScheduler
     assert loaded.scheduler.config.timestep_spacing == "trailing"
     report.undo()
@@ -142,9 +144,25 @@ def test_what_is_left_is_said():
         pass
 
     report = pygen.accelerate(dit(Own()))
-    assert report.replaced == []
+    assert not any(what.startswith("scheduler") for what in report.replaced)
     assert report.left == [f"scheduler: {__name__}.Own has no drop-in"]
-    with pytest.raises(TypeError, match="target must be a diffusers pipeline or a transformers model, got Linear"):
+    with pytest.raises(
+        TypeError, match="target must be a diffusers pipeline or model, or a transformers model, got Linear"
+    ):
         pygen.accelerate(torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="weights is not an option of accelerate for DiTPipeline"):
         pygen.accelerate(dit(Own()), weights="int8")
+
+
+def test_a_whole_pipeline_in_bfloat16_and_back():
+    call = CALLS[stable_diffusion]
+    pipe = stable_diffusion(diffusers.DDIMScheduler(clip_sample=False))
+    theirs = images(pipe, call, torch.float32)
+    report = pygen.accelerate(pipe, dtype=torch.bfloat16)
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.bfloat16}
+    arguments = {n: x.bfloat16() if isinstance(x, torch.Tensor) else x for n, x in call().items()}
+    ours = torch.from_numpy(pipe(**arguments, num_inference_steps=6, output_type="np").images)
+    assert (ours - theirs).abs().mean() < 0.05
+    report.undo()
+    assert pipe.unet.dtype == torch.float32
+    assert torch.equal(images(pipe, call, torch.float32), theirs)

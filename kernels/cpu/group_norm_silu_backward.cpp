@@ -139,7 +139,8 @@ struct SlotCoefficients {
 inline constexpr int64_t kSumRows = 16;
 static_assert(kSumRows <= kBlockRows);
 
-// Calls visit(v, over) for the vectors of each block of rows, of which over(step) calls step(x, grad, place) row by row.
+// Calls visit(v, over) for the vectors of each block of rows, of which over(step) calls step(x, grad, place) row by
+// row.
 template <DType kDType, class Visit, class Block>
 PYGEN_INLINE void each_row(const Rows<kDType>& x, const Rows<kDType>& grad, const Rows<kDType>* out, int64_t count,
                            Visit visit, Block block) {

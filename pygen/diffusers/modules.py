@@ -1,7 +1,8 @@
 """The parts of diffusers' models on pygen's ops: what ``pygen.accelerate`` puts in the place of their forwards.
 
-A rule is a class of modules, taken exactly, and what its instances' forward becomes. Parameters stay where they are, and
-are packed a second time where a library wants them in an order of its own.
+A rule is a class of modules, taken exactly, and what its instances' forward becomes. Parameters stay where they are;
+convolutions and linear layers hold them once more, in oneDNN's order, where nothing learns. Where something does, those
+two run as ever, and the others with their gradients.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from pygen.ops.attention import attention
 from pygen.ops.gated_unit import geglu
@@ -32,8 +35,11 @@ def modules(model: ModelMixin) -> Found:
     """Of a model, whatever there is a rule for."""
     for name, module in model.named_modules():
         rule = _RULES.get(type(module))
-        if rule is not None:
+        forward = vars(module).get("forward")
+        if rule is not None and forward is None:
             yield from rule(name, module)
+        elif rule is not None and getattr(forward, "__module__", None) != __name__:
+            yield Left(name, "its forward has been replaced already")
         processor = getattr(module, "processor", None)
         if processor is not None:
             yield from _attention(name, module, processor)
@@ -49,9 +55,13 @@ def _packs(x: Tensor) -> bool:
 
 
 class _Packed:
-    """A parameter in the order of a library, made when it is first needed and again when the parameter has changed."""
+    """A parameter in the order of a library, made when it is first needed and again when the parameter has changed.
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    Whoever writes to a parameter's ``data`` hides it from autograd, and so from this; ``load_state_dict``, optimisers
+    and whatever else works under ``no_grad`` do not.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
         self.state: tuple[int, int, torch.dtype] | None = None
 
@@ -74,7 +84,7 @@ def _convolution(name: str, module: nn.Conv2d) -> Found:
         if _learning(input, module.weight, module.bias) or not _packs(input):
             return nn.Conv2d.forward(module, input)
         input = input.contiguous(memory_format=torch.channels_last)
-        reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         weight = packed.get(lambda weight: reorder(weight.to_mkldnn(), *how, list(input.shape)))
         return torch.ops.mkldnn._convolution_pointwise(input, weight, module.bias, *how, "none", [], "")
 
@@ -101,7 +111,8 @@ def _layer_norm(name: str, module: nn.LayerNorm) -> Found:
         return
 
     def forward(input: Tensor) -> Tensor:
-        return layer_norm(input, module.weight, module.bias, eps=module.eps)
+        rows = input if input.stride(-1) == 1 else input.contiguous()
+        return layer_norm(rows, module.weight, module.bias, eps=module.eps)
 
     yield Replacement(module, "forward", forward, "LayerNorm")
 
@@ -120,7 +131,7 @@ def _resnet_block(name: str, module: ResnetBlock2D) -> Found:
             if sample is not None:
                 input_tensor, x = sample(input_tensor), sample(x)
         x = module.conv1(x)
-        scale = None
+        scale = shift = None
         if module.time_emb_proj is not None and temb is not None:
             if not module.skip_time_act:
                 temb = module.nonlinearity(temb)
@@ -129,9 +140,9 @@ def _resnet_block(name: str, module: ResnetBlock2D) -> Found:
                 scale, shift = temb.chunk(2, dim=1)
             else:
                 x = x + temb
-        if scale is None:
+        if scale is None or shift is None:
             x = norm(x, module.norm2)
-        else:
+        else:  # group_norm_silu takes no factors of a sample
             x = module.nonlinearity(module.norm2(x) * (1 + scale) + shift)
         x = module.conv2(module.dropout(x))
         if module.conv_shortcut is not None:
@@ -152,7 +163,8 @@ def _geglu(name: str, module: GEGLU) -> Found:
 
 def _transformer(name: str, module: Transformer2DModel) -> Found:
     """Whose tokens become an image again in place, channels-last."""
-    if not module.is_input_continuous:
+    place = "_get_output_for_continuous_inputs"
+    if not module.is_input_continuous or place in vars(module):
         return
 
     def output(
@@ -163,7 +175,7 @@ def _transformer(name: str, module: Transformer2DModel) -> Found:
         image = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return residual + (image if module.use_linear_projection else module.proj_out(image))
 
-    yield Replacement(module, "_get_output_for_continuous_inputs", output, "Transformer2DModel")
+    yield Replacement(module, place, output, "Transformer2DModel")
 
 
 _RULES: dict[type, Callable[[str, Any], Found]] = {
@@ -184,8 +196,44 @@ def _attention(name: str, module: Any, processor: Any) -> Found:
         yield Replacement(module, "processor", PygenAttnProcessor(), "attention")
     elif hasattr(processor, "_attention_backend"):
         yield Replacement(processor, "_attention_backend", _BACKEND, "attention")
+    elif "scaled_dot_product_attention" in getattr(kind.__call__, "__code__", _attention.__code__).co_names:
+        if "forward" not in vars(module):
+            yield Replacement(module, "forward", _redirected(module), "attention")
     else:
         yield Left(name, f"{kind.__module__}.{kind.__name__} is no processor that there is a rule for")
+
+
+def _redirected(module: nn.Module) -> Callable[..., Any]:
+    """A forward within which torch's attention is pygen's."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Redirection():
+            return type(module).forward(module, *args, **kwargs)
+
+    return forward
+
+
+class _Redirection(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is scaled_dot_product_attention:
+            return _in_place_of_torchs(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _in_place_of_torchs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p or query.dim() != 4:
+        raise ValueError("pygen's attention has four dimensions and no dropout: undo pygen.accelerate for others")
+    return attention(query, key, value, mask=attn_mask, causal=is_causal, scale=scale)
 
 
 class PygenAttnProcessor:
@@ -263,12 +311,12 @@ def _dispatched(
     _parallel_config: Any = None,
 ) -> Tensor:
     """What diffusers' dispatcher calls: (batch, length, heads, head_dim)."""
-    if dropout_p or _parallel_config is not None:
-        raise ValueError("pygen's attention has no dropout and no context parallelism: undo pygen.accelerate for them")
+    if _parallel_config is not None:
+        raise ValueError("pygen's attention has no context parallelism: undo pygen.accelerate for it")
     if attn_mask is not None and attn_mask.dim() == 2:  # of the keys of each sample
         attn_mask = attn_mask[:, None, None]
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return attention(q, k, v, mask=attn_mask, causal=is_causal, scale=scale).transpose(1, 2)
+    return _in_place_of_torchs(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
 
 
 def _backend() -> AttentionBackendName:

@@ -362,7 +362,7 @@ def test_wrong_options(model: Any) -> None:
         pygen.accelerate(model, weights="int4", group=5)
     with pytest.raises(ValueError, match="cache_tokens must be a positive integer, got 0"):
         pygen.accelerate(model, cache_tokens=0)
-    with pytest.raises(TypeError, match="target must be a diffusers pipeline or model, or .* model, got Linear"):
+    with pytest.raises(TypeError, match=r"target must be a diffusers pipeline or model, or .* model, got Linear"):
         pygen.accelerate(torch.nn.Linear(1, 1))
     assert "generate" not in vars(model)
 

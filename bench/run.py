@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import pygen
-from bench import decode, decoder, drop_ins, ops, steps
+from bench import attention, decode, decoder, drop_ins, ops, steps, unet
 from bench.cases import COLUMNS, Case
 from bench.measure import Spread, cache_state, copy_call, interleaved, matmul_rate
 from pygen import _C
@@ -30,13 +30,15 @@ SUITES: dict[str, Callable[[bool], list[Case]]] = {
     "steps": lambda quick: [*steps.cases(quick), *drop_ins.cases(quick)],
     "decode": decode.cases,
     "decoder": decoder.cases,
+    "attention": attention.cases,
+    "unet": unet.cases,
     "ops": ops.cases,
 }
 NOTES = """\
 Microseconds, the median of calls that took turns, ± half the distance of the quartiles. Data in: the smallest cache
 that holds what is moved. Reference: the truth, in float64. Eager: in the suite ops the reference in the op's dtype,
-which can do any row; in the suite steps the formula written out; in the suite decode torch's own call, or the usual
-few. torch.compile: of eager, blank where that has a graph
+which can do any row; in the suite steps the formula written out; in the suites decode and attention torch's own
+call, or the usual few. torch.compile: of eager, blank where that has a graph
 break; beside a drop-in, of what its row draws and computes in the middle of a run (scheduler.step itself is not
 compiled: its state breaks the graph). Drop-ins: scheduler.step alone, in the order of a run. Floor: a copy of as many
 bytes at the same working set (in the suite decode, where weights and caches are streamed, a sum over as many), or the
@@ -195,8 +197,9 @@ def main(
             mine = measure(progress.track(cases, description=suite), quick)
         for part, these in groupby(mine, key=lambda result: result.part):
             console.print(table(f"{suite}: {part}" if part else suite, list(these), old))
-        for line in (*drop_ins.verdicts(mine), *decode.verdicts(mine), *decoder.verdicts(mine)):
-            console.print(line, markup=False)
+        for verdicts in (drop_ins.verdicts, decode.verdicts, decoder.verdicts, attention.verdicts, unet.verdicts):
+            for line in verdicts(mine):
+                console.print(line, markup=False)
         results += mine
     console.print(NOTES + ("\nquick: a tenth of the time, few cases, torch.compile left out." if quick else ""))
 

@@ -37,7 +37,8 @@ def attention(
     """Attention of q over k and v; layouts and terms are scaled_dot_product_attention's. Differentiable in q, k and v.
 
     A query that sees no key gives zeros. A sample's result does not depend on the others, nor on the number of threads.
-    In bfloat16 the weights are rounded to bfloat16, and sums are float32; float16 is computed in float32.
+    In bfloat16 the weights are rounded to bfloat16, and sums are float32; float16 is computed in float32. Under
+    torch.autocast q, k and v become its dtype, as torch's do.
 
     Args:
         q: (batch, heads, queries, head_dim), float32, bfloat16 or float16, of any strides; head_dim up to 256; heads a
@@ -58,6 +59,9 @@ def attention(
         ValueError, TypeError: naming the argument.
     """
     settings: Settings = (mask, lengths, causal, window, scale)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in (q, k, v))
     if out is None:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
             recorded: Tensor = _Attention.apply(q, k, v, *settings)

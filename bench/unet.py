@@ -1,0 +1,96 @@
+"""The suite `unet`: denoisers of diffusers' own classes, accelerated, beside themselves in channels-last."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import pygen
+from bench.cases import Case, Work
+from tests.error_rule import Triple
+
+if TYPE_CHECKING:
+    from bench.run import Result
+
+SIDE, CHECKED_SIDE, TEXT = 64, 8, 77  # of latents, of those that are compared with float64, and tokens of the prompt
+GOALS = {"Stable Diffusion 1.5": {"bfloat16": 1.35, "float32": 1.3}}
+# What a forward computes at that size, batch 2.
+FLOPS = {"Stable Diffusion 1.5": 1.61e12, "DiT-L/2": 1.44e12, "small": 1e7}
+
+
+def cases(quick: bool) -> list[Case]:
+    if find_spec("diffusers") is None:
+        return []
+    names = ["small"] if quick else ["Stable Diffusion 1.5", "DiT-L/2"]
+    return [
+        Case("unet", f"{name}, {str(dtype)[6:]}", partial(work, name, dtype))
+        for name in names
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+
+
+@lru_cache(1)
+def model(name: str) -> nn.Module:
+    """With random weights, in float32."""
+    import diffusers
+
+    torch.manual_seed(0)
+    if name == "DiT-L/2":
+        return diffusers.DiTTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=24,
+            sample_size=SIDE, patch_size=2, num_embeds_ada_norm=1000,
+        ).eval()  # fmt: skip
+    channels, heads = ((32, 64), 4) if name == "small" else ((320, 640, 1280, 1280), 8)
+    levels = len(channels) - 1
+    return diffusers.UNet2DConditionModel(
+        sample_size=SIDE, block_out_channels=channels, cross_attention_dim=768, attention_head_dim=heads,
+        down_block_types=["CrossAttnDownBlock2D"] * levels + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * levels,
+    ).eval()  # fmt: skip
+
+
+def inputs(name: str, dtype: torch.dtype, side: int) -> dict[str, Any]:
+    x = torch.randn(2, 4, side, side).to(dtype).to(memory_format=torch.channels_last)
+    timestep = torch.tensor([500, 500])
+    if name == "DiT-L/2":
+        return {"hidden_states": x, "timestep": timestep, "class_labels": torch.tensor([1, 1000])}
+    return {"sample": x, "timestep": timestep, "encoder_hidden_states": torch.randn(2, TEXT, 768).to(dtype)}
+
+
+def work(name: str, dtype: torch.dtype) -> Work:
+    theirs = model(name)
+    if dtype != torch.float32:
+        theirs = copy.deepcopy(theirs).to(dtype)
+    theirs = theirs.to(memory_format=torch.channels_last)
+    ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})  # on the same parameters
+    pygen.accelerate(ours)
+    given = inputs(name, dtype, CHECKED_SIDE if name == "small" else SIDE)
+
+    def results() -> Iterator[Triple]:
+        side = SIDE if name.startswith("DiT") else CHECKED_SIDE  # whose positions are of one size
+        few = inputs(name, dtype, side)
+        exact = copy.deepcopy(theirs).double()
+        wide = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in few.items()}
+        yield ours(**few).sample, theirs(**few).sample, exact(**wide).sample
+
+    calls: dict[str, Callable[[], object]] = {"diffusers": lambda: theirs(**given), "pygen": lambda: ours(**given)}
+    read = sum(p.numel() * p.element_size() for p in theirs.parameters())
+    return Work(calls, read, int(FLOPS[name]), dtype, results)
+
+
+def verdicts(results: Iterable[Result]) -> Iterator[str]:
+    for result in results:
+        if result.suite == "unet" and result.times:
+            name, _, dtype = result.name.partition(", ")
+            goal = GOALS.get(name, {}).get(dtype)
+            yield (
+                f"{result.name}: {(result.best_peer or 0.0) / result.best:.2f} times torch channels-last"
+                + (f", the goal being {goal:g}" if goal else "")
+                + f"; {result.floor / result.best:.2f} of the product's rate"
+            )

@@ -94,9 +94,10 @@ def _rules(target: Any) -> Iterator[Rule]:
         yield _models
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is not None and isinstance(target, transformers.PreTrainedModel):
-        from pygen.transformers import generation
+        from pygen.transformers import attention, generation
 
         yield generation
+        yield attention
 
 
 def accelerate(target: Any, **options: Any) -> Report:

@@ -19,6 +19,7 @@ import transformers
 import pygen
 from pygen.transformers import Generate
 from tests.decoder_families import FAMILIES, made
+from tests.error_rule import Triple, assert_error_rule
 
 PROMPT = torch.randint(1, 199, (3, 21), generator=torch.Generator().manual_seed(0))
 PADS = (0, 9, 4)  # of each row
@@ -67,17 +68,19 @@ def test_greedy_before_after_and_undone(family: str) -> None:
         {**PADDED, "max_length": 44, "eos_token_id": [5, 60, 61, 62, 120, 121], "pad_token_id": 7},
     ]
     before = [model.generate(**call) for call in calls]
-    forward = model(PROMPT).logits
+    forward, exact = model(PROMPT).logits, copy.deepcopy(model).double()(PROMPT).logits
     report = pygen.accelerate(model)
-    assert report.replaced == ["generate: method"]
-    (left,) = report.left
-    assert left.startswith("forward: ")
+    by_torch = model.config._attn_implementation != "eager" and not getattr(model.config, "attn_pdrop", 0.0)
+    assert report.replaced == ["generate: method", *["attention"] * by_torch]
+    assert report.left[0].startswith("forward: ")
+    assert len(report.left) == 2 - by_torch
     for call, expected in zip(calls, before, strict=True):
         found = model.generate(**call)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected)
-    assert torch.equal(model(PROMPT).logits, forward)
+    assert_error_rule([(model(PROMPT).logits, forward, exact)])
     report.undo()
+    assert torch.equal(model(PROMPT).logits, forward)
     report.undo()
     assert "generate" not in vars(model)
     assert torch.equal(model.generate(**calls[0]), before[0])
@@ -322,7 +325,7 @@ def test_twice_replaces_nothing_more_and_undo_frees(model: Any) -> None:
     report = pygen.accelerate(model)
     assert str(pygen.accelerate(model)) == "left generate: pygen's already"
     report.undo()
-    assert pygen.accelerate(model, weights="int8").replaced == ["generate: method"]
+    assert pygen.accelerate(model, weights="int8").replaced == ["generate: method", "attention"]
 
 
 def test_what_is_left_is_said(model: Any) -> None:
@@ -347,10 +350,41 @@ def test_what_is_left_is_said(model: Any) -> None:
         (own, "the model has one of its own"),
     ):
         report = pygen.accelerate(target)
-        assert report.replaced == []
-        (left,) = report.left
-        assert re.match(f"generate: {reason}", left), left
+        assert "generate: method" not in report.replaced
+        assert re.match(f"generate: {reason}", report.left[0]), report.left
     assert pygen.accelerate(half, weights="bfloat16").replaced == ["generate: method"]
+
+
+@pytest.mark.parametrize("family", ["llama-3", "mistral", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_of_the_forward(family: str, dtype: torch.dtype) -> None:
+    """Logits, of padded prompts too, steps over transformers' own cache, and gradients."""
+    model = made(family).to(dtype)
+    exact = copy.deepcopy(model).double()
+
+    def results(model: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        whole = model(PROMPT, labels=PROMPT)
+        whole.loss.backward()
+        with torch.no_grad():
+            padded = model(PADDED["input_ids"], attention_mask=PADDED["attention_mask"]).logits
+            begun = model(PROMPT[:, :-2], use_cache=True)
+            steps = [
+                model(PROMPT[:, i : i + 1], past_key_values=begun.past_key_values).logits
+                for i in range(PROMPT.shape[1] - 2, PROMPT.shape[1])
+            ]
+        live = PADDED["attention_mask"].bool()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return [whole.logits.detach(), padded[live], *steps, *gradients]
+
+    theirs, truth = results(model), results(exact)
+    pygen.accelerate(model, weights="float32")
+    assert model.config._attn_implementation == "pygen"
+    triples: list[Triple] = []
+    for ours, same, true in zip(results(model), theirs, truth, strict=True):
+        size = true.abs().max().clamp_min(1e-30)
+        triples.append((ours / size, same / size, true / size))
+    assert_error_rule(triples)
 
 
 def test_wrong_options(model: Any) -> None:

@@ -299,6 +299,4 @@ def generation(
         yield Left("generate", str(error))
         return
     yield Replacement(target, "generate", generate)
-    yield Left(
-        "forward", "training, and who calls the model itself, have the parameters and arithmetic of transformers"
-    )
+    yield Left("forward", "training, and who calls the model itself, have transformers' arithmetic but for attention")

@@ -1,0 +1,69 @@
+"""pygen's attention as an ``attn_implementation`` of transformers: for who calls a model itself, or trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pygen import ops
+from pygen.patch import Left, Replacement
+
+NAME = "pygen"
+
+
+def attention(target: Any) -> Iterator[Replacement | Left]:
+    """The rule for a transformers model whose attention is torch's."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    present = target.config._attn_implementation
+    drops = [name for name in ("attention_dropout", "attn_pdrop") if getattr(target.config, name, 0.0)]
+    if drops:
+        yield Left("attention", f"its configuration has {drops[0]}")
+    elif present == "sdpa":
+        yield Replacement(target.config, "_attn_implementation", NAME, "attention")
+    elif present != NAME:
+        yield Left("attention", f"its attn_implementation is {present!r}, not 'sdpa'")
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query (batch, heads, queries, head_dim), keys and values of fewer heads; the mask is
+    bool or added to the scores, and without one the queries are the last positions or, where there are as many keys,
+    all, and see what is before them.
+
+    Returns:
+        (batch, queries, heads, head_dim), and no weights.
+    """
+    for name in ("softcap", "position_bias", "s_aux", "cache"):
+        if given.get(name) is not None:
+            raise ValueError(f"pygen's attention does not take {name}: set_attn_implementation('eager')")
+    if dropout:
+        raise ValueError(f"pygen's attention has no dropout, got {dropout}: set attention_dropout to 0")
+    queries = query.shape[2]
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = queries > 1 and attention_mask is None and is_causal
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if queries == 1 and attention_mask is None and not learns:  # keys and values are read once, and not packed
+        lengths = torch.full((query.shape[0],), key.shape[2], dtype=torch.int64, device=query.device)
+        y = ops.decode_attention.decode_attention(query, key, value, lengths, scale=scaling)
+    else:
+        if causal:
+            key, value = key[:, :, :queries], value[:, :, :queries]
+        y = ops.attention.attention(query, key, value, mask=attention_mask, causal=causal, scale=scaling)
+    return y.transpose(1, 2).contiguous(), None

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pygen.ops.backend import use_reference
+from pygen.ops.backend import triton_kernels, use_reference, use_triton
 from pygen.ops.spec import Example, OpSpec, tensor_bytes
 
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "triton")
 # mask, lengths, causal, window, scale
 Settings = tuple[Tensor | None, Tensor | None, bool, int | None, float | None]
 
@@ -114,7 +114,8 @@ def attention_forward(
             if tensor is not None:
                 tensor.copy_(result)
         return out
-    _kernel(q, k, v, *settings, out, logsumexp)
+    run = _triton if use_triton("attention", q.device) else _kernel
+    run(q, k, v, *settings, out, logsumexp)
     return out
 
 
@@ -143,7 +144,8 @@ def attention_backward(
         for tensor, result in zip((grad_q, grad_k, grad_v), attention_backward_reference(*arguments), strict=True):
             tensor.copy_(result)
         return grad_q
-    _backward_kernel(*arguments, grad_q, grad_k, grad_v)
+    run = _triton_backward if use_triton("attention_backward", q.device) else _backward_kernel
+    run(*arguments, grad_q, grad_k, grad_v)
     return grad_q
 
 
@@ -241,6 +243,118 @@ def _fake(*arguments: object) -> None:
 @torch.library.register_fake("pygen::attention_backward")
 def _fake_backward(*arguments: object) -> None:
     return None
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    out: Tensor,
+    logsumexp: Tensor | None,
+) -> None:
+    _check(q, k, v, mask, lengths, window, out)
+    if not q.numel():
+        return
+    how = _for_triton(q, k, mask, lengths, causal, window, scale)
+    with torch.cuda.device_of(q):
+        triton_kernels("attention").launch(q, k, v, *how, out, logsumexp)
+
+
+def _triton_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    _check(q, k, v, mask, lengths, window, out, grad, grad_q)
+    if not q.shape[0]:
+        return
+    how, delta = _for_triton(q, k, mask, lengths, causal, window, scale), torch.empty_like(logsumexp)
+    gradients = (grad_q, grad_k, grad_v)
+    with torch.cuda.device_of(q):
+        triton_kernels("attention_backward").launch(grad, q, k, v, out, logsumexp, delta, *how, *gradients)
+
+
+torch.library.impl("pygen::attention", "CUDA", _triton)
+torch.library.impl("pygen::attention_backward", "CUDA", _triton_backward)
+
+
+def _for_triton(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> tuple[Tensor | None, Tensor | None, tuple[int, int], float]:
+    """mask and lengths, how far before and behind a query sees, and the scale."""
+    band = triton_kernels("attention").BAND
+    before = band if window is None else min(window - 1, band)
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return mask, None if lengths is None else lengths.contiguous(), (before, 0 if causal else before), scale
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    window: int | None,
+    *like_q: Tensor,
+) -> None:
+    """What csrc checks for the CPU."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"attention: {name} must have shape (batch, heads, length, head_dim), got {tensor.shape}")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"attention: q must be float32, bfloat16 or float16, got {q.dtype}")
+    (batch, heads, _, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
+    if not 1 <= head_dim <= 256:
+        raise ValueError(f"attention: head_dim must be 1 to 256, got {head_dim}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"attention: q has {heads} heads, not a multiple of k's {kv_heads}")
+    of_keys, of_queries = (batch, kv_heads, keys, head_dim), tuple(q.shape)
+    sizes = [
+        ("k", k, of_keys),
+        ("v", v, of_keys),
+        *(("out and its gradients", tensor, of_queries) for tensor in like_q),
+    ]
+    for name, tensor, size in sizes:
+        if tensor.shape != size or tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"attention: {name} must be {q.dtype} {list(size)} on {q.device}, got {tensor.dtype} "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise TypeError(f"attention: mask must be bool, float32 or of q's dtype {q.dtype}, got {mask.dtype}")
+    if lengths is not None and (lengths.shape != (batch,) or lengths.dtype != torch.int64):
+        raise ValueError(f"attention: lengths must be int64 ({batch},), got {lengths.dtype} {list(lengths.shape)}")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window must be positive, got {window}")
+    for name, wide in (("q", q), ("k", k), ("v", v), ("mask", mask)):
+        if torch.is_grad_enabled() and wide is not None and wide.requires_grad:
+            raise RuntimeError(
+                f"attention is not differentiable, and {name} requires grad: call it under torch.no_grad()"
+            )
 
 
 def _examples(dtype: torch.dtype) -> Iterator[Example]:

@@ -216,7 +216,7 @@ def generate(
 
 
 @cli.command()
-@click.argument("suites", nargs=-1, metavar="[steps|decode|decoder|ops]...")
+@click.argument("suites", nargs=-1, metavar="[steps|decode|decoder|attention|unet|ops]...")
 @click.option("--quick", is_flag=True, help="Few small cases in a few seconds, nothing compiled.")
 @click.option("--json", "json_out", type=Output(".json"), help="Where all medians and quartiles go.")
 @click.option("--compare", type=click.Path(path_type=Path), metavar="OLD", help="What --json wrote at another time.")

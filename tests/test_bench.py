@@ -259,7 +259,7 @@ def test_a_file_that_cannot_be_compared(tmp_path, capsys, text):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["steps", "dance"], ["dance", "steps, decode, decoder, ops"]),
+        (["steps", "dance"], ["dance", "steps, decode, decoder, attention, unet, ops"]),
         (["--compare", "nowhere.json"], ["--compare", "nowhere.json", "No such file"]),
         (["--fail-slower", "1.5"], ["--compare"]),
         (["--fail-slower", "nan", "--compare", "x"], ["--fail-slower"]),

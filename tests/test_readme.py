@@ -40,7 +40,7 @@ def test_examples_run(monkeypatch: Any) -> None:
     pipe.set_progress_bar_config(disable=True)
     names |= {"pipe": pipe, "text": embeddings(1, 7, 16), "empty": embeddings(1, 7, 16)}
     exec(pipeline, names)
-    assert names["report"].replaced == ["scheduler: DDIMScheduler"]
+    assert names["report"].replaced[0] == "scheduler: DDIMScheduler"
     assert names["image"].size == (32, 32)
     exec(model, names)
     assert len(names["two"].tokens) == 20

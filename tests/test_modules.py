@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -198,6 +199,22 @@ def test_what_was_kept_of_weights_and_texts_is_made_again_when_they_change() -> 
             call |= {"encoder_hidden_states": text.clone()}  # another tensor with the same values
             torch.testing.assert_close(model(**call).sample, plain(**call).sample)
             call |= {"encoder_hidden_states": text}
+
+
+@pytest.mark.parametrize("build", [unet, stable_diffusion_3], ids=lambda build: build.__name__)
+def test_a_copy_has_parameters_of_its_own(build: Any) -> None:
+    model, (call, *_) = built(build)
+    call = in_dtype(call, torch.float32)
+    with torch.no_grad():
+        plain = copy.deepcopy(model)
+        pygen.accelerate(model)
+        model(**call)
+        copied = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(copied(**call).sample, plain(**call).sample)
+        loaded = pickle.loads(pickle.dumps(copied))
+        torch.testing.assert_close(loaded(**call).sample, plain(**call).sample)
 
 
 def test_becomes_another_dtype_and_back() -> None:

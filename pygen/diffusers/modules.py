@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def modules(model: ModelMixin) -> Found:
         forward = vars(module).get("forward")
         if rule is not None and forward is None:
             yield from rule(name, module)
-        elif rule is not None and getattr(forward, "__module__", None) != __name__:
+        elif rule is not None and getattr(forward, "func", forward).__module__ != __name__:
             yield Left(name, "its forward has been replaced already")
         processor = getattr(module, "processor", None)
         if processor is not None:
@@ -65,6 +66,9 @@ class _Packed:
         self.parameter = parameter
         self.state: tuple[int, int, torch.dtype] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Packed, (self.parameter,)
+
     def get(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
         state = (self.parameter.data_ptr(), self.parameter._version, self.parameter.dtype)
         if state != self.state:
@@ -72,110 +76,111 @@ class _Packed:
         return self.packed
 
 
+# A forward is a function of its module, and bound to it by partial: whoever copies a model copies that too.
+
+
 def _convolution(name: str, module: nn.Conv2d) -> Found:
     """Channels-last, on a weight that oneDNN has put in its own order once and not at every call."""
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         yield Left(name, f"Conv2d with padding {module.padding!r}, {module.padding_mode}")
         return
+    yield Replacement(module, "forward", partial(_convolve, module, _Packed(module.weight)), "Conv2d")
+
+
+def _convolve(module: nn.Conv2d, packed: _Packed, input: Tensor) -> Tensor:
+    if _learning(input, module.weight, module.bias) or not _packs(input):
+        return nn.Conv2d.forward(module, input)
+    input = input.contiguous(memory_format=torch.channels_last)
     how = (module.padding, module.stride, module.dilation, module.groups)
-    packed = _Packed(module.weight)
-
-    def forward(input: Tensor) -> Tensor:
-        if _learning(input, module.weight, module.bias) or not _packs(input):
-            return nn.Conv2d.forward(module, input)
-        input = input.contiguous(memory_format=torch.channels_last)
-        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        weight = packed.get(lambda weight: reorder(weight.to_mkldnn(), *how, list(input.shape)))
-        return torch.ops.mkldnn._convolution_pointwise(input, weight, module.bias, *how, "none", [], "")
-
-    yield Replacement(module, "forward", forward, "Conv2d")
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+    weight = packed.get(lambda weight: reorder(weight.to_mkldnn(), *how, list(input.shape)))
+    return torch.ops.mkldnn._convolution_pointwise(input, weight, module.bias, *how, "none", [], "")
 
 
 def _linear(name: str, module: nn.Linear) -> Found:
     """Likewise; and the bias goes with the product, where torch copies it into the result first."""
-    packed = _Packed(module.weight)
+    yield Replacement(module, "forward", partial(_project, module, _Packed(module.weight)), "Linear")
 
-    def forward(input: Tensor) -> Tensor:
-        if _learning(input, module.weight, module.bias) or not _packs(input):
-            return nn.Linear.forward(module, input)
-        rows = input.numel() // module.in_features
-        weight = packed.get(lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, rows))
-        return torch.ops.mkldnn._linear_pointwise(input, weight, module.bias, "none", [], "")
 
-    yield Replacement(module, "forward", forward, "Linear")
+def _project(module: nn.Linear, packed: _Packed, input: Tensor) -> Tensor:
+    if _learning(input, module.weight, module.bias) or not _packs(input):
+        return nn.Linear.forward(module, input)
+    rows = input.numel() // module.in_features
+    weight = packed.get(lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, rows))
+    return torch.ops.mkldnn._linear_pointwise(input, weight, module.bias, "none", [], "")
 
 
 def _layer_norm(name: str, module: nn.LayerNorm) -> Found:
     if len(module.normalized_shape) != 1:
         yield Left(name, "LayerNorm over several dimensions")
         return
+    yield Replacement(module, "forward", partial(_normalise, module), "LayerNorm")
 
-    def forward(input: Tensor) -> Tensor:
-        rows = input if input.stride(-1) == 1 else input.contiguous()
-        return layer_norm(rows, module.weight, module.bias, eps=module.eps)
 
-    yield Replacement(module, "forward", forward, "LayerNorm")
+def _normalise(module: nn.LayerNorm, input: Tensor) -> Tensor:
+    rows = input if input.stride(-1) == 1 else input.contiguous()
+    return layer_norm(rows, module.weight, module.bias, eps=module.eps)
 
 
 def _resnet_block(name: str, module: ResnetBlock2D) -> Found:
     if not isinstance(module.nonlinearity, nn.SiLU):
         yield Left(name, f"ResnetBlock2D with {type(module.nonlinearity).__name__}")
         return
+    yield Replacement(module, "forward", partial(_through_block, module), "ResnetBlock2D")
 
+
+def _through_block(module: Any, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     def norm(x: Tensor, of: nn.GroupNorm) -> Tensor:
         return group_norm_silu(x, of.weight, of.bias, of.num_groups, of.eps)
 
-    def forward(input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        x = norm(input_tensor, module.norm1)
-        for sample in (module.upsample, module.downsample):
-            if sample is not None:
-                input_tensor, x = sample(input_tensor), sample(x)
-        x = module.conv1(x)
-        scale = shift = None
-        if module.time_emb_proj is not None and temb is not None:
-            if not module.skip_time_act:
-                temb = module.nonlinearity(temb)
-            temb = module.time_emb_proj(temb)[:, :, None, None]
-            if module.time_embedding_norm == "scale_shift":
-                scale, shift = temb.chunk(2, dim=1)
-            else:
-                x = x + temb
-        if scale is None or shift is None:
-            x = norm(x, module.norm2)
-        else:  # group_norm_silu takes no factors of a sample
-            x = module.nonlinearity(module.norm2(x) * (1 + scale) + shift)
-        x = module.conv2(module.dropout(x))
-        if module.conv_shortcut is not None:
-            input_tensor = module.conv_shortcut(input_tensor)
-        x = input_tensor + x
-        return x if module.output_scale_factor == 1 else x / module.output_scale_factor
-
-    yield Replacement(module, "forward", forward, "ResnetBlock2D")
+    x = norm(input_tensor, module.norm1)
+    for sample in (module.upsample, module.downsample):
+        if sample is not None:
+            input_tensor, x = sample(input_tensor), sample(x)
+    x = module.conv1(x)
+    scale = shift = None
+    if module.time_emb_proj is not None and temb is not None:
+        if not module.skip_time_act:
+            temb = module.nonlinearity(temb)
+        temb = module.time_emb_proj(temb)[:, :, None, None]
+        if module.time_embedding_norm == "scale_shift":
+            scale, shift = temb.chunk(2, dim=1)
+        else:
+            x = x + temb
+    if scale is None or shift is None:
+        x = norm(x, module.norm2)
+    else:  # group_norm_silu takes no factors of a sample
+        x = module.nonlinearity(module.norm2(x) * (1 + scale) + shift)
+    x = module.conv2(module.dropout(x))
+    if module.conv_shortcut is not None:
+        input_tensor = module.conv_shortcut(input_tensor)
+    x = input_tensor + x
+    return x if module.output_scale_factor == 1 else x / module.output_scale_factor
 
 
 def _geglu(name: str, module: GEGLU) -> Found:
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        up, gate = module.proj(hidden_states).chunk(2, dim=-1)
-        return geglu(gate, up)
+    yield Replacement(module, "forward", partial(_gate, module), "GEGLU")
 
-    yield Replacement(module, "forward", forward, "GEGLU")
+
+def _gate(module: GEGLU, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    up, gate = module.proj(hidden_states).chunk(2, dim=-1)
+    return geglu(gate, up)
 
 
 def _transformer(name: str, module: Transformer2DModel) -> Found:
     """Whose tokens become an image again in place, channels-last."""
     place = "_get_output_for_continuous_inputs"
-    if not module.is_input_continuous or place in vars(module):
-        return
+    if module.is_input_continuous and place not in vars(module):
+        yield Replacement(module, place, partial(_image_of_tokens, module), "Transformer2DModel")
 
-    def output(
-        hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
-    ) -> Tensor:
-        if module.use_linear_projection:
-            hidden_states = module.proj_out(hidden_states)
-        image = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        return residual + (image if module.use_linear_projection else module.proj_out(image))
 
-    yield Replacement(module, place, output, "Transformer2DModel")
+def _image_of_tokens(
+    module: Any, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+) -> Tensor:
+    if module.use_linear_projection:
+        hidden_states = module.proj_out(hidden_states)
+    image = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    return residual + (image if module.use_linear_projection else module.proj_out(image))
 
 
 _RULES: dict[type, Callable[[str, Any], Found]] = {
@@ -192,25 +197,21 @@ def _attention(name: str, module: Any, processor: Any) -> Found:
     kind = type(processor)
     if isinstance(processor, PygenAttnProcessor) or getattr(processor, "_attention_backend", None) is _BACKEND:
         return
-    if type(module) is Attention and kind in (AttnProcessor, AttnProcessor2_0):
+    if type(module) is Attention and kind is AttnProcessor2_0:
         yield Replacement(module, "processor", PygenAttnProcessor(), "attention")
     elif hasattr(processor, "_attention_backend"):
         yield Replacement(processor, "_attention_backend", _BACKEND, "attention")
     elif "scaled_dot_product_attention" in getattr(kind.__call__, "__code__", _attention.__code__).co_names:
         if "forward" not in vars(module):
-            yield Replacement(module, "forward", _redirected(module), "attention")
+            yield Replacement(module, "forward", partial(_redirected, module), "attention")
     else:
         yield Left(name, f"{kind.__module__}.{kind.__name__} is no processor that there is a rule for")
 
 
-def _redirected(module: nn.Module) -> Callable[..., Any]:
+def _redirected(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A forward within which torch's attention is pygen's."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Redirection():
-            return type(module).forward(module, *args, **kwargs)
-
-    return forward
+    with _Redirection():
+        return type(module).forward(module, *args, **kwargs)
 
 
 class _Redirection(TorchFunctionMode):
@@ -242,6 +243,9 @@ class PygenAttnProcessor:
     def __init__(self) -> None:
         self.text: weakref.ref[Tensor] | None = None
         self.state: tuple[object, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PygenAttnProcessor, ()
 
     def __call__(
         self,

@@ -201,6 +201,22 @@ def test_what_was_kept_of_weights_and_texts_is_made_again_when_they_change() -> 
             call |= {"encoder_hidden_states": text}
 
 
+def test_inference_mode_autocast_and_wrong_dtypes_are_as_before() -> None:
+    model, (call, _) = built(unet)
+    call, plain = in_dtype(call, torch.float32), copy.deepcopy(model)
+    pygen.accelerate(model)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(model(**call).sample, plain(**call).sample)
+            call |= {"encoder_hidden_states": 2 * call["encoder_hidden_states"]}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = model(**call).sample, plain(**call).sample
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"dtype|type"):
+        model(**in_dtype(call, torch.float32) | {"sample": call["sample"].half()})
+
+
 @pytest.mark.parametrize("build", [unet, stable_diffusion_3], ids=lambda build: build.__name__)
 def test_a_copy_has_parameters_of_its_own(build: Any) -> None:
     model, (call, *_) = built(build)

@@ -50,9 +50,21 @@ def _learning(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _packs(x: Tensor) -> bool:
-    """Whether oneDNN takes packed weights with it."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+def _packs(module: nn.Conv2d | nn.Linear, x: Tensor) -> bool:
+    """Whether oneDNN computes it as torch would, on a packed weight, and nothing learns by it."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == module.weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not _learning(x, module.weight, module.bias)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _state(tensor: Tensor) -> tuple[int, int | None, torch.dtype]:
+    """What changes with a tensor's values; those of inference mode do not tell."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.dtype
 
 
 class _Packed:
@@ -64,13 +76,13 @@ class _Packed:
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self.state: tuple[int, int, torch.dtype] | None = None
+        self.state: tuple[int, int | None, torch.dtype] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Packed, (self.parameter,)
 
     def get(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
-        state = (self.parameter.data_ptr(), self.parameter._version, self.parameter.dtype)
+        state = _state(self.parameter)
         if state != self.state:
             self.packed, self.state = pack(self.parameter.detach()), state
         return self.packed
@@ -88,7 +100,7 @@ def _convolution(name: str, module: nn.Conv2d) -> Found:
 
 
 def _convolve(module: nn.Conv2d, packed: _Packed, input: Tensor) -> Tensor:
-    if _learning(input, module.weight, module.bias) or not _packs(input):
+    if not _packs(module, input):
         return nn.Conv2d.forward(module, input)
     input = input.contiguous(memory_format=torch.channels_last)
     how = (module.padding, module.stride, module.dilation, module.groups)
@@ -103,7 +115,7 @@ def _linear(name: str, module: nn.Linear) -> Found:
 
 
 def _project(module: nn.Linear, packed: _Packed, input: Tensor) -> Tensor:
-    if _learning(input, module.weight, module.bias) or not _packs(input):
+    if not _packs(module, input):
         return nn.Linear.forward(module, input)
     rows = input.numel() // module.in_features
     weight = packed.get(lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, rows))
@@ -288,9 +300,10 @@ class PygenAttnProcessor:
         """Those of the very tensor, unchanged, that they were last made of, if nothing learns by them."""
         parameters = [p for layer in (attn.to_k, attn.to_v) for p in layer.parameters()]
         fresh = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
-        if _learning(text, *parameters) or attn.norm_cross or torch.compiler.is_compiling():
+        changes = _learning(text, *parameters) or attn.norm_cross or text.is_inference()
+        if changes or torch.compiler.is_compiling() or torch.is_autocast_enabled(text.device.type):
             return self._keys_and_values(attn, fresh)
-        state = (text._version, *(s for p in parameters for s in (p.data_ptr(), p._version, p.dtype)))
+        state = tuple(_state(tensor) for tensor in (text, *parameters))
         if self.text is None or self.text() is not text or self.state != state:
             self.held = self._keys_and_values(attn, text)
             self.text, self.state = weakref.ref(text), state

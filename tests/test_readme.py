@@ -52,5 +52,5 @@ def test_examples_run(monkeypatch: Any) -> None:
     ids = torch.tensor([[84, 104, 101]])
     names |= {"model": made("llama-3"), "tokenizer": lambda text, return_tensors: {"input_ids": ids}}
     exec(language, names)
-    assert names["report"].replaced == ["generate: method"]
+    assert names["report"].replaced == ["generate: method", "attention"]
     assert names["ids"].shape == (1, 35)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import pygen
 from bench.cases import Case, Work
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 SIDE, CHECKED_SIDE, TEXT = 64, 8, 77  # of latents, of those that are compared with float64, and tokens of the prompt
 GOALS = {"Stable Diffusion 1.5": {"bfloat16": 1.35, "float32": 1.3}}
-# What a forward computes at that size, batch 2.
-FLOPS = {"Stable Diffusion 1.5": 1.61e12, "DiT-L/2": 1.44e12, "small": 1e7}
 
 
 def cases(quick: bool) -> list[Case]:
@@ -38,9 +37,13 @@ def cases(quick: bool) -> list[Case]:
 @lru_cache(1)
 def model(name: str) -> nn.Module:
     """With random weights, in float32."""
+    torch.manual_seed(0)
+    return made(name)
+
+
+def made(name: str) -> nn.Module:
     import diffusers
 
-    torch.manual_seed(0)
     if name == "DiT-L/2":
         return diffusers.DiTTransformer2DModel(
             num_attention_heads=16, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=24,
@@ -63,6 +66,15 @@ def inputs(name: str, dtype: torch.dtype, side: int) -> dict[str, Any]:
     return {"sample": x, "timestep": timestep, "encoder_hidden_states": torch.randn(2, TEXT, 768).to(dtype)}
 
 
+def flops(name: str, given: dict[str, Any]) -> int:
+    """Of a forward, counted where nothing is computed."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        made(name)(**{key: value.float().to("meta") if value.is_floating_point() else value.to("meta")
+                      for key, value in given.items()})  # fmt: skip
+    total: int = counter.get_total_flops()
+    return total
+
+
 def work(name: str, dtype: torch.dtype) -> Work:
     theirs = model(name)
     if dtype != torch.float32:
@@ -81,7 +93,7 @@ def work(name: str, dtype: torch.dtype) -> Work:
 
     calls: dict[str, Callable[[], object]] = {"diffusers": lambda: theirs(**given), "pygen": lambda: ours(**given)}
     read = sum(p.numel() * p.element_size() for p in theirs.parameters())
-    return Work(calls, read, int(FLOPS[name]), dtype, results)
+    return Work(calls, read, flops(name, given), dtype, results)
 
 
 def verdicts(results: Iterable[Result]) -> Iterator[str]:

@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import GetSetDescriptorType
 from typing import Any
 
 import torch
@@ -94,10 +93,10 @@ def _rules(target: Any) -> Iterator[Rule]:
         yield _models
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is not None and isinstance(target, transformers.PreTrainedModel):
-        from pygen.transformers import attention, generation
+        from pygen.transformers import generation, implementation
 
         yield generation
-        yield attention
+        yield implementation
 
 
 def accelerate(target: Any, **options: Any) -> Report:
@@ -108,7 +107,8 @@ def accelerate(target: Any, **options: Any) -> Report:
             name and configuration, and still saves as diffusers' own. In models, attention, ResNet blocks, GEGLU,
             LayerNorm, convolutions and linear layers run by pygen's ops, and by oneDNN on packed weights (which are
             held a second time, and packed again when they have changed); results stay within what rounding makes of
-            them. Keys and values of a text are made once for all steps. Training runs too, without packed weights.
+            them. Keys and values of a text are made once for all steps. On a CPU training runs too, without packed
+            weights.
             Or a transformers causal language model on the CPU. Its ``generate`` runs on a ``pygen.Decoder`` of its
             parameters, which are held a second time, packed, and packed again when they have changed; in float32 it
             gives the same greedy tokens. Hooks on its modules are not called by it. What it does not do runs as before,
@@ -141,11 +141,14 @@ def accelerate(target: Any, **options: Any) -> Report:
                 report.left.append(f"{found.name}: {found.reason}")
                 continue
             old = getattr(found.owner, found.name)
-            inherited = hasattr(type(found.owner), found.name) and found.name not in vars(found.owner)
-            own = inherited and not isinstance(getattr(type(found.owner), found.name), property | GetSetDescriptorType)
+            of_type = getattr(type(found.owner), found.name, None)
+            # What only the class has is uncovered again; but a property's value is the owner's.
+            covers = (
+                of_type is not None and found.name not in vars(found.owner) and not inspect.isdatadescriptor(of_type)
+            )
             setattr(found.owner, found.name, found.new)
             at = (found.owner, found.name)
-            report._undo.append(functools.partial(delattr, *at) if own else functools.partial(setattr, *at, old))
+            report._undo.append(functools.partial(delattr, *at) if covers else functools.partial(setattr, *at, old))
             replaced[found.what or f"{found.name}: {type(old).__name__}"] += 1
     report.replaced = [what if count == 1 else f"{what} ({count})" for what, count in replaced.items()]
     return report

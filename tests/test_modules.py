@@ -10,10 +10,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 
 import pygen
+from pygen.diffusers.modules import _dispatched
 from tests.error_rule import Triple, assert_error_rule
 
 Calls = list[dict[str, Any]]
@@ -173,6 +175,16 @@ def test_the_same_gradients(build: Any) -> None:
         scale = true.abs().max().clamp_min(1e-30)  # all parameters are one population
         triples.append((ours[name] / scale, theirs[name] / scale, true / scale))
     assert_error_rule(triples)
+
+
+def test_the_dispatchers_masks_are_torchs() -> None:
+    q, k = drawn(2, 5, 3, 8).float(), drawn(2, 7, 3, 8, seed=1).float()
+    native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+    for mask in (drawn(5, 7), drawn(2, 7), drawn(2, 1, 5, 7), drawn(2, 7) > 0, None):
+        given = mask.float() if mask is not None and mask.dtype != torch.bool else mask
+        torch.testing.assert_close(_dispatched(q, k, k, given), native(q, k, k, given))
+    with pytest.raises(ValueError, match="has four dimensions and no dropout"):
+        _dispatched(q, k, k, dropout_p=0.1)
 
 
 def attn2(model: Any) -> Any:

@@ -46,7 +46,7 @@ struct Unit {
   const Backward& layout;
   const AttentionArgs& of;
   const int64_t depth, width;
-  int64_t sample, kv_head, unit, end;
+  int64_t sample, kv_head, unit;
   int tiles = 0;
   Keys keys[Backward::kMostTiles];
   // Of a tile of queries: q and grad as panels (depth, kQueries) and (kQueries, width), and each query's numbers.
@@ -76,7 +76,8 @@ struct Unit {
     unit = number % layout.units, kv_head = number / layout.units % of.kv_heads;
     sample = number / layout.units / of.kv_heads;
     const int64_t begin = unit * layout.unit_tiles * kTileKeys, length = length_of(of, sample);
-    end = std::min(of.keys, begin + layout.unit_tiles * kTileKeys), tiles = 0;
+    const int64_t end = std::min(of.keys, begin + layout.unit_tiles * kTileKeys);
+    tiles = 0;
     for (int64_t first = begin; first < std::min(end, length); first += kTileKeys) {
       read(keys[tiles++], first, std::min({kTileKeys, length - first, end - first}));
     }
@@ -164,7 +165,6 @@ struct Unit {
       tile.met = true;
     }
     product(width, here, tile.padded, kTileKeys, kQueries, kQueries, true, tile.k_across, pairs, sums);
-    tile.met = true;
   }
 
   // Makes a row's scores weights p, and grad v^T slopes: p * (grad v^T - delta).

@@ -30,6 +30,7 @@ from pygen.ops.row_norm import layer_norm
 from pygen.patch import Left, Replacement
 
 Found = Iterator[Replacement | Left]
+_TAKEN = "its forward has been replaced already"
 
 
 def modules(model: ModelMixin) -> Found:
@@ -39,11 +40,15 @@ def modules(model: ModelMixin) -> Found:
         forward = vars(module).get("forward")
         if rule is not None and forward is None:
             yield from rule(name, module)
-        elif rule is not None and getattr(forward, "func", forward).__module__ != __name__:
-            yield Left(name, "its forward has been replaced already")
+        elif rule is not None and not _is_ours(forward):
+            yield Left(name, _TAKEN)
         processor = getattr(module, "processor", None)
         if processor is not None:
             yield from _attention(name, module, processor)
+
+
+def _is_ours(forward: Any) -> bool:
+    return getattr(forward, "func", forward).__module__ == __name__
 
 
 def _learning(*tensors: Tensor | None) -> bool:
@@ -216,6 +221,8 @@ def _attention(name: str, module: Any, processor: Any) -> Found:
     elif "scaled_dot_product_attention" in getattr(kind.__call__, "__code__", _attention.__code__).co_names:
         if "forward" not in vars(module):
             yield Replacement(module, "forward", partial(_redirected, module), "attention")
+        elif not _is_ours(module.forward):
+            yield Left(name, _TAKEN)
     else:
         yield Left(name, f"{kind.__module__}.{kind.__name__} is no processor that there is a rule for")
 
@@ -285,7 +292,7 @@ class PygenAttnProcessor:
             key, value = self._keys_and_values(attn, hidden_states)
         else:
             key, value = self._of_text(attn, encoder_hidden_states)
-        y = attention(query, key, value, mask=attention_mask, scale=None)
+        y = attention(query, key, value, mask=attention_mask)
         y = attn.to_out[1](attn.to_out[0](y.transpose(1, 2).flatten(2)))
         if len(shape) == 4:
             y = y.transpose(1, 2).reshape(shape)
@@ -298,11 +305,12 @@ class PygenAttnProcessor:
 
     def _of_text(self, attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the very tensor, unchanged, that they were last made of, if nothing learns by them."""
+        if attn.norm_cross:
+            return self._keys_and_values(attn, attn.norm_encoder_hidden_states(text))
         parameters = [p for layer in (attn.to_k, attn.to_v) for p in layer.parameters()]
-        fresh = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
-        changes = _learning(text, *parameters) or attn.norm_cross or text.is_inference()
+        changes = _learning(text, *parameters) or text.is_inference()
         if changes or torch.compiler.is_compiling() or torch.is_autocast_enabled(text.device.type):
-            return self._keys_and_values(attn, fresh)
+            return self._keys_and_values(attn, text)
         state = tuple(_state(tensor) for tensor in (text, *parameters))
         if self.text is None or self.text() is not text or self.state != state:
             self.held = self._keys_and_values(attn, text)
@@ -330,7 +338,7 @@ def _dispatched(
     """What diffusers' dispatcher calls: (batch, length, heads, head_dim)."""
     if _parallel_config is not None:
         raise ValueError("pygen's attention has no context parallelism: undo pygen.accelerate for it")
-    if attn_mask is not None and attn_mask.dim() == 2:  # of the keys of each sample
+    if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):  # of the keys of each sample
         attn_mask = attn_mask[:, None, None]
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return _in_place_of_torchs(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)

@@ -73,10 +73,8 @@ def attention(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
-        out, logsumexp = (
-            torch.empty_like(q),
-            q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)),
-        )
+        out = torch.empty_like(q)
+        logsumexp = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         attention_forward(q, k, v, *settings, out=out, logsumexp=logsumexp)
         mask, lengths, *ctx.rest = settings
         ctx.save_for_backward(q, k, v, out, logsumexp, mask, lengths)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pygen import ops
+from pygen.ops.attention import attention
+from pygen.ops.decode_attention import decode_attention
 from pygen.patch import Left, Replacement
 
 NAME = "pygen"
 
 
-def attention(target: Any) -> Iterator[Replacement | Left]:
+def implementation(target: Any) -> Iterator[Replacement | Left]:
     """The rule for a transformers model whose attention is torch's."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -61,9 +62,9 @@ def attention_forward(
     learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if queries == 1 and attention_mask is None and not learns:  # keys and values are read once, and not packed
         lengths = torch.full((query.shape[0],), key.shape[2], dtype=torch.int64, device=query.device)
-        y = ops.decode_attention.decode_attention(query, key, value, lengths, scale=scaling)
+        y = decode_attention(query, key, value, lengths, scale=scaling)
     else:
         if causal:
             key, value = key[:, :, :queries], value[:, :, :queries]
-        y = ops.attention.attention(query, key, value, mask=attention_mask, causal=causal, scale=scaling)
+        y = attention(query, key, value, mask=attention_mask, causal=causal, scale=scaling)
     return y.transpose(1, 2).contiguous(), None

@@ -12,7 +12,7 @@ from tests.error_rule import Triple, assert_error_rule
 
 # In the table's order. "reference" is the float64 truth, "pygen..." are ours, all others are peers.
 COLUMNS = (
-    "reference", "eager", "torch.compile", "diffusers", "transformers", "llama.cpp",
+    "reference", "eager", "torch.compile", "diffusers", "OpenVINO", "transformers", "llama.cpp",
     "pygen", "pygen, Philox", "pygen, out=", "pygen, alone",
 )  # fmt: skip
 

@@ -260,18 +260,18 @@ def deviation(logits: Tensor, truth: Tensor) -> float:
 class Transformers:
     """transformers' model in bfloat16, one sequence, greedy: what ``generate`` does, without its own bookkeeping."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(device)
 
     def prefill(self, tokens: Sequence[int]) -> None:
         from transformers import DynamicCache
 
         self._cache = DynamicCache(config=self._model.config)
-        self._run(torch.tensor([tokens]))
+        self._run(torch.tensor([tokens], device=self._model.device))
 
     def step(self) -> None:
         self._run(self._token)

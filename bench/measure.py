@@ -59,7 +59,7 @@ def stopwatch(device: torch.device) -> Callable[[Call, int], float]:
         return on_the_host
 
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(4 * cache, dtype=torch.uint8, device=device)
+    flush = torch.empty(12 * cache, dtype=torch.uint8, device=device)
 
     def on_the_gpu(call: Call, repeats: int) -> float:
         events = []

@@ -1,10 +1,13 @@
-"""The suite `unet`: denoisers of diffusers' own classes, accelerated, beside themselves in channels-last."""
+"""The suite `unet`: denoisers of diffusers' own classes, accelerated, beside themselves in channels-last, and beside
+OpenVINO where it can be imported. In float32 a U-Net may be done before its flops are at the product's rate: pygen's
+convolutions have fewer.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +95,47 @@ def work(name: str, dtype: torch.dtype) -> Work:
         yield ours(**few).sample, theirs(**few).sample, exact(**wide).sample
 
     calls: dict[str, Callable[[], object]] = {"diffusers": lambda: theirs(**given), "pygen": lambda: ours(**given)}
+    if find_spec("openvino") is not None:
+        calls["OpenVINO"] = by_openvino(name, dtype)
     read = sum(p.numel() * p.element_size() for p in theirs.parameters())
     return Work(calls, read, flops(name, given), dtype, results)
+
+
+class _Sample(nn.Module):
+    """A model of what it is given in order, and gives a tensor: what OpenVINO takes."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *given: Tensor) -> Tensor:
+        sample: Tensor = self.model(**dict(zip(self.names, given, strict=True))).sample
+        return sample
+
+
+def by_openvino(name: str, dtype: torch.dtype) -> Callable[[], object]:
+    """The model on OpenVINO's CPU plug-in, in that precision. It is made at the first call, when the check's float64
+    model is gone: both together are more than 24 GiB."""
+
+    @cache
+    def made() -> tuple[Any, list[Any]]:
+        import openvino
+
+        given = inputs(name, torch.float32, CHECKED_SIDE if name == "small" else SIDE)
+        with torch.no_grad():
+            converted = openvino.convert_model(_Sample(model(name), list(given)), example_input=tuple(given.values()))
+        hints = {
+            "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY",
+        }  # fmt: skip
+        request = openvino.Core().compile_model(converted, "CPU", hints).create_infer_request()
+        return request, [tensor.numpy() for tensor in given.values()]
+
+    def call() -> object:
+        request, arrays = made()
+        return request.infer(arrays)
+
+    return call
 
 
 def verdicts(results: Iterable[Result]) -> Iterator[str]:
@@ -101,8 +143,10 @@ def verdicts(results: Iterable[Result]) -> Iterator[str]:
         if result.suite == "unet" and result.times:
             name, _, dtype = result.name.partition(", ")
             goal = GOALS.get(name, {}).get(dtype)
+            medians = {who: spread.median for who, spread in result.times.items()}
             yield (
-                f"{result.name}: {(result.best_peer or 0.0) / result.best:.2f} times torch channels-last"
+                f"{result.name}: {medians['diffusers'] / medians['pygen']:.2f} times torch channels-last"
                 + (f", the goal being {goal:g}" if goal else "")
+                + (f"; {medians['OpenVINO'] / medians['pygen']:.2f} times OpenVINO" if "OpenVINO" in medians else "")
                 + f"; {result.floor / result.best:.2f} of the product's rate"
             )

@@ -10,10 +10,11 @@ constexpr const char* kOp = "attention's backward pass";
 void attention_backward_op(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                            const at::Tensor& out, const at::Tensor& logsumexp, const std::optional<at::Tensor>& mask,
                            const std::optional<at::Tensor>& lengths, bool causal, std::optional<int64_t> window,
-                           std::optional<double> scale, const at::Tensor& grad_q, const at::Tensor& grad_k,
-                           const at::Tensor& grad_v) {
+                           std::optional<double> scale, double dropout_p, const std::optional<at::Tensor>& seed,
+                           const std::optional<at::Tensor>& step, const std::optional<at::Tensor>& sample_ids,
+                           const at::Tensor& grad_q, const at::Tensor& grad_k, const at::Tensor& grad_v) {
   // Check and describe.
-  AttentionCall call(kOp, q, k, v, mask, lengths, causal, window, scale);
+  AttentionCall call(kOp, q, k, v, mask, lengths, causal, window, scale, dropout_p, seed, step, sample_ids);
   AttentionBackwardArgs args{};
   call.args.out = call.rows("out", out, q.sizes());
   call.args.logsumexp = call.of_queries("logsumexp", logsumexp);
@@ -45,7 +46,8 @@ void attention_backward_op(const at::Tensor& grad, const at::Tensor& q, const at
 PYGEN_CPU_OP(
     "attention_backward", attention_backward_op,
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor? mask, Tensor? lengths, "
-    "bool causal, SymInt? window, float? scale, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()")
+    "bool causal, SymInt? window, float? scale, float dropout_p, Tensor? seed, Tensor? step, Tensor? sample_ids, "
+    "Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()")
 
 }  // namespace
 }  // namespace pygen

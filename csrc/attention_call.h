@@ -5,7 +5,7 @@
 #include <ATen/ops/empty.h>
 
 #include "backend.h"
-#include "operands.h"
+#include "planes.h"
 #include "pygen/attention.h"
 #include "tile_product.h"
 
@@ -15,7 +15,9 @@ class AttentionCall {
  public:
   AttentionCall(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                 const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& lengths, bool causal,
-                std::optional<int64_t> window, std::optional<double> scale)
+                std::optional<int64_t> window, std::optional<double> scale, double dropout_p,
+                const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& step,
+                const std::optional<at::Tensor>& sample_ids)
       : op_(op), q_(q) {
     // Check.
     for (const auto& [name, tensor] : {std::pair{"q", q}, {"k", k}, {"v", v}}) {
@@ -30,6 +32,7 @@ class AttentionCall {
                       kv_heads);
     TORCH_CHECK_VALUE(!window.has_value() || *window >= 1, op, ": window must be positive, got ", *window);
     TORCH_CHECK_VALUE(!scale.has_value() || std::isfinite(*scale), op, ": scale must be finite, got ", *scale);
+    TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p must lie in [0, 1], got ", dropout_p);
 
     // Describe.
     args.batch = batch, args.heads = heads, args.kv_heads = kv_heads;
@@ -48,6 +51,7 @@ class AttentionCall {
     args.before = window.has_value() ? *window - 1 : kNoBand;
     args.after = causal ? 0 : args.before;
     args.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))));
+    describe_dropout(static_cast<int32_t>(std::nearbyint(dropout_p * 65536.0)), seed, step, sample_ids);
     args.product = torch_tile_product();
   }
 
@@ -81,6 +85,20 @@ class AttentionCall {
   AttentionArgs args{};
 
  private:
+  // dropped: of 65536 weights.
+  void describe_dropout(int32_t dropped, const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& step,
+                        const std::optional<at::Tensor>& sample_ids) {
+    if (dropped == 0) return;
+    TORCH_CHECK_VALUE(seed.has_value(), op_, ": dropout needs a seed");
+    TORCH_CHECK_VALUE(
+        args.heads <= Dropout::kMostHeads && args.queries <= Dropout::kMostQueries && args.keys <= Dropout::kMostKeys,
+        op_, ": dropout takes up to ", Dropout::kMostHeads, " heads, ", Dropout::kMostQueries, " queries and ",
+        Dropout::kMostKeys, " keys, got ", args.heads, ", ", args.queries, " and ", args.keys);
+    args.dropout.philox = philox_settings(op_, seed, step, sample_ids, args.batch, q_.device());
+    args.dropout.last = static_cast<uint16_t>(dropped - 1);
+    args.dropout.scale = dropped < 65536 ? 65536.0f / static_cast<float>(65536 - dropped) : 0.0f;
+  }
+
   Operand strided(const char* name, const at::Tensor& tensor, bool allow_bool = false) const {
     Operand operand{tensor.data_ptr(), {}, kernel_dtype(op_, name, tensor, allow_bool)};
     for (int d = 0; d < 4; ++d) operand.stride[d] = tensor.stride(d);

@@ -11,15 +11,6 @@ namespace {
 
 constexpr const char* kOp = "cache_append";
 
-HeadNorm head_norm(const char* name, const std::optional<at::Tensor>& weight, const KvCache& cache, at::Device device) {
-  if (!weight.has_value()) return {};
-  check_no_grad(kOp, name, *weight);
-  check_device(kOp, name, *weight, device);
-  TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == cache.head_dim && weight->stride(0) == 1, kOp, ": ", name,
-                    " must have shape (", cache.head_dim, ",) and be contiguous, got ", weight->sizes());
-  return {weight->const_data_ptr(), kernel_dtype(kOp, name, *weight)};
-}
-
 // Every token that is no padding has a row of the table.
 void check_positions(const CacheAppendArgs& args) {
   for (int64_t b = 0; b < args.cache.batch; ++b) {
@@ -83,8 +74,8 @@ void cache_append_op(const at::Tensor& k, const at::Tensor& v, const at::Tensor&
   }
   at::assert_no_internal_overlap(k_cache);
   at::assert_no_internal_overlap(v_cache);
-  args.q_norm = head_norm("q_norm", q_norm, args.cache, device);
-  args.k_norm = head_norm("k_norm", k_norm, args.cache, device);
+  args.q_norm = head_norm(kOp, "q_norm", q_norm, args.cache.head_dim, device);
+  args.k_norm = head_norm(kOp, "k_norm", k_norm, args.cache.head_dim, device);
   check_eps(kOp, eps);
   args.eps = static_cast<float>(eps);
   TORCH_CHECK_VALUE(rope.has_value() || !positions.has_value(), kOp, ": positions needs rope");

@@ -97,4 +97,5 @@ PYBIND11_MODULE(_C, module) {
   module.attr("DRAW_WATERMARK") = static_cast<uint32_t>(pygen::kDrawWatermark);
   module.attr("DRAW_VERIFY") = static_cast<uint32_t>(pygen::kDrawVerify);
   module.attr("DRAW_SAMPLE") = static_cast<uint32_t>(pygen::kDrawSample);
+  module.attr("DRAW_DROPOUT") = static_cast<uint32_t>(pygen::kDrawDropout);
 }

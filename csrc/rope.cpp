@@ -20,7 +20,7 @@ void launch(const Gpu& gpu, const RopeArgs& args) { gpu.run(cuda::rope, args); }
 
 template <class Backend>
 void rope_op(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& table, bool interleaved, bool inverse,
-             const at::Tensor& out) {
+             const std::optional<at::Tensor>& norm, double eps, const at::Tensor& out) {
   // Check and describe.
   RopeArgs args{};
   args.x = head_operand(kOp, "x", x, x.device());
@@ -33,6 +33,9 @@ void rope_op(const at::Tensor& x, const at::Tensor& positions, const at::Tensor&
   args.batch = x.size(0), args.heads = x.size(1), args.length = x.size(2);
   args.head_dim = static_cast<int32_t>(x.size(3));
   args.inverse = inverse;
+  args.norm = head_norm(kOp, "norm", norm, x.size(3), x.device());
+  check_eps(kOp, eps);
+  args.eps = static_cast<float>(eps);
   args.table = rope_table(kOp, "table", table, x.size(3), interleaved, x.device());
   args.positions = rope_positions(kOp, positions, args.batch, args.length, x.device());
   if (x.numel() == 0) return;
@@ -47,7 +50,8 @@ void rope_op(const at::Tensor& x, const at::Tensor& positions, const at::Tensor&
 }
 
 PYGEN_OP("rope", rope_op,
-         "(Tensor x, Tensor positions, Tensor table, bool interleaved, bool inverse, Tensor(a!) out) -> ()")
+         "(Tensor x, Tensor positions, Tensor table, bool interleaved, bool inverse, Tensor? norm, float eps, "
+         "Tensor(a!) out) -> ()")
 
 }  // namespace
 }  // namespace pygen

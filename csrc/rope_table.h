@@ -1,4 +1,4 @@
-// From tensors to what turns heads: the table of angles, and the positions that choose its rows.
+// From tensors to what norms and turns heads: weights, the table of angles, and the positions that choose its rows.
 #pragma once
 
 #include "operands.h"
@@ -17,6 +17,17 @@ inline Operand head_operand(const char* op, const char* name, const at::Tensor& 
   TORCH_CHECK_VALUE(tensor.size(3) >= 1 && tensor.size(3) <= kMaxHeadDim, op, ": the head_dim of ", name,
                     " must be 1 to ", kMaxHeadDim, ", got ", tensor.size(3));
   return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}, kernel_dtype(op, name, tensor)};
+}
+
+// The weights of an RMSNorm over heads, where there is one.
+inline HeadNorm head_norm(const char* op, const char* name, const std::optional<at::Tensor>& weight, int64_t head_dim,
+                          at::Device device) {
+  if (!weight.has_value()) return {};
+  check_no_grad(op, name, *weight);
+  check_device(op, name, *weight, device);
+  TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == head_dim && weight->stride(0) == 1, op, ": ", name,
+                    " must have shape (", head_dim, ",) and be contiguous, got ", weight->sizes());
+  return {weight->const_data_ptr(), kernel_dtype(op, name, *weight)};
 }
 
 inline RopeTable rope_table(const char* op, const char* name, const at::Tensor& table, int64_t head_dim,

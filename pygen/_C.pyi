@@ -14,6 +14,7 @@ DRAW_ROUTE: int
 DRAW_WATERMARK: int
 DRAW_VERIFY: int
 DRAW_SAMPLE: int
+DRAW_DROPOUT: int
 CUDA_BUILT: bool
 
 def isa() -> str: ...

@@ -26,13 +26,15 @@ from pygen.ops.record import Program, record
 from pygen.ops.rope import rope, rope_frequencies, rope_table
 from pygen.ops.route_experts import route_experts
 from pygen.ops.route_token import route_token
-from pygen.ops.row_norm import layer_norm, rms_norm
+from pygen.ops.row_norm import ada_layer_norm, layer_norm, rms_norm
 from pygen.ops.sample_gram import sample_gram
 from pygen.ops.sample_token import TokenInfo, sample_token
+from pygen.ops.timestep_embedding import timestep_embedding
 from pygen.ops.token_confidence import token_confidence
 from pygen.ops.unmask_step import unmask_step
 from pygen.ops.verify_draft import verify_draft
 from pygen.ops.watermark_logits import watermark_logits
+from pygen.ops.winograd_conv2d import winograd_conv2d, winograd_weight
 from pygen.patch import accelerate
 
 __version__ = "0.1.0"
@@ -44,6 +46,7 @@ __all__ = [
     "TokenInfo",
     "WatermarkScore",
     "accelerate",
+    "ada_layer_norm",
     "affine_step",
     "attention",
     "backend",
@@ -76,8 +79,11 @@ __all__ = [
     "sample_gram",
     "sample_token",
     "swiglu",
+    "timestep_embedding",
     "token_confidence",
     "unmask_step",
     "verify_draft",
     "watermark_logits",
+    "winograd_conv2d",
+    "winograd_weight",
 ]

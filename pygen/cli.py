@@ -26,7 +26,8 @@ from pygen.diffusion.adaptive import ADAPTIVE
 from pygen.diffusion.schedules import SPACINGS
 from pygen.files import replacing
 from pygen.images import grid, to_pixels
-from pygen.models.checkpoint import MAX_COUNT, CheckpointError, ModelDescription, load_model
+from pygen.models.checkpoint import CheckpointError, ModelDescription, load_model
+from pygen.models.fields import MAX_COUNT
 from pygen.ops.packed_linear import FORMATS, WeightFormat
 
 DIGITS = Path(__file__).parent / "models" / "digits"

@@ -1,4 +1,5 @@
-"""The demo: handwritten digits by five solvers, what each costs, and how close it stays to its own mathematics.
+"""The demo: handwritten digits by five solvers, what each costs, and how close it stays to its own mathematics; and
+by a DiT that draws the latents of an autoencoder.
 
 Every solver draws the same hundred digits from the same noise. The model's outputs are recorded on the way and each
 run is then replayed over them without the model: by pygen's step and by the scheduler of diffusers, to time the steps
@@ -20,7 +21,9 @@ from torch import Tensor
 import pygen
 from pygen.diffusion import StepInfo, Stepper, StepPlan
 from pygen.images import Pixels, grid, to_pixels
-from pygen.models.checkpoint import ModelDescription, load_model
+from pygen.models.checkpoint import load_model
+from pygen.models.latent_digits import LatentDigits
+from pygen.models.latent_digits import load as load_latent_digits
 from pygen.ops.spec import index_tensor
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ class Run:
     scheduler: str
     spacing: str = "trailing"
     options: dict[str, Any] = field(default_factory=dict)
+    latent: bool = False  # by the DiT
 
 
 # Without noise DDIM is Euler's method on the probability flow, so Euler visits other times, to show something else.
@@ -51,8 +55,9 @@ RUNS = (
     Run("euler", "Euler", 20, "EulerDiscreteScheduler", spacing="linspace"),
     Run("dpmpp_2m", "DPM++ 2M", 20, "DPMSolverMultistepScheduler"),
     Run("unipc", "UniPC", 20, "UniPCMultistepScheduler"),
+    Run("euler", "DiT, Euler", 20, "FlowMatchEulerDiscreteScheduler", latent=True),
 )
-STRIP = "dpmpp_2m"  # the solver whose way from noise to digit is shown
+STRIP = "DPM++ 2M"  # the run whose way from noise to digit is shown
 STRIP_DIGITS = (2, 3, 5)
 
 
@@ -63,6 +68,7 @@ class Recording:
     plan: StepPlan
     noise: Tensor
     outputs: list[Tensor] = field(default_factory=list)
+    images: Tensor = field(default_factory=lambda: torch.empty(0))
     samples: list[Tensor] = field(default_factory=list)
     predictions: list[Tensor] = field(default_factory=list)
     model_seconds: float = 0.0
@@ -88,6 +94,7 @@ def run(directory: Path, seed: int) -> tuple[Image, list[Result]]:
     from sklearn.datasets import load_digits
 
     model, description = load_model(directory)
+    models = {False: LatentDigits(model, lambda x: x, description), True: load_latent_digits()}
     scans = load_digits()
     labels = torch.arange(description.num_classes).repeat_interleave(PER_DIGIT)
     reader = _fit_reader(scans.data, scans.target)
@@ -98,8 +105,8 @@ def run(directory: Path, seed: int) -> tuple[Image, list[Result]]:
         task = progress.add_task("", total=sum(run.steps for run in RUNS))
         for run in RUNS:
             progress.update(task, description=run.label)
-            recording = _record(model, description, run, labels, seed, lambda: progress.advance(task))
-            recordings[run.solver] = recording
+            recording = _record(models[run.latent], run, labels, seed, lambda: progress.advance(task))
+            recordings[run.label] = recording
             results.append(_judge(run, recording, seed, reader, labels))
     Console(highlight=False).print(_table(results))
 
@@ -116,15 +123,9 @@ def _fit_reader(images: Any, digits: Any) -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(images / 8 - 1, digits)
 
 
-def _record(
-    model: Callable[..., Tensor],
-    description: ModelDescription,
-    run: Run,
-    labels: Tensor,
-    seed: int,
-    advance: Callable[[], None],
-) -> Recording:
+def _record(model: LatentDigits, run: Run, labels: Tensor, seed: int, advance: Callable[[], None]) -> Recording:
     """The samples of a solver by ``pygen.sample``, and everything that replaying them takes."""
+    description = model.description
     plan = pygen.plan(
         run.solver,
         description.schedule,
@@ -140,7 +141,7 @@ def _record(
 
     def timed(*arguments: Tensor, **named: Tensor) -> Tensor:
         begin = time.perf_counter()
-        output = model(*arguments, **named)
+        output = model.denoiser(*arguments, **named)
         recording.model_seconds += time.perf_counter() - begin
         return output
 
@@ -159,6 +160,8 @@ def _record(
         seed=seed,
         callback=keep,
     )
+    with torch.no_grad():
+        recording.images = model.decode(recording.samples[-1])
     return recording
 
 
@@ -175,7 +178,7 @@ def _judge(run: Run, recording: Recording, seed: int, reader: Any, labels: Tenso
         scheduler_us=scheduler_us,
         deviation=float((final - truth).abs().max()),
         torch_deviation=float((eager - truth).abs().max()),
-        share=float((reader.predict(final.flatten(1).numpy()) == labels.numpy()).mean()),
+        share=float((reader.predict(recording.images.flatten(1).numpy()) == labels.numpy()).mean()),
     )
 
 
@@ -206,10 +209,11 @@ def _time_steps(run: Run, recording: Recording, seed: int) -> tuple[float, float
 
     def theirs() -> float:
         scheduler.set_timesteps(len(outputs))
-        y = recording.noise * scheduler.init_noise_sigma
+        y = recording.noise * getattr(scheduler, "init_noise_sigma", 1.0)
         begin = time.perf_counter()
         for t, (cond, uncond) in zip(scheduler.timesteps, outputs, strict=True):
-            scheduler.scale_model_input(y, t)
+            if not run.latent:
+                scheduler.scale_model_input(y, t)
             output = uncond + GUIDANCE * (cond - uncond)
             y = scheduler.step(output, t, y, return_dict=False, **run.options)[0]
         return time.perf_counter() - begin
@@ -226,7 +230,8 @@ def _scheduler(run: Run) -> Any:
         import diffusers
     except ModuleNotFoundError:
         return None
-    return getattr(diffusers, run.scheduler)(beta_schedule="squaredcos_cap_v2", timestep_spacing=run.spacing)
+    how = {} if run.latent else {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": run.spacing}
+    return getattr(diffusers, run.scheduler)(**how)
 
 
 def _table(results: list[Result]) -> Table:
@@ -241,7 +246,7 @@ def _table(results: list[Result]) -> Table:
         "noise; for diffusers the usual eager expression for guidance, scale_model_input and step. Deviation: the "
         "largest from the same steps in float64 over the same model outputs; in brackets, that of torch's float32. "
         "Read as asked: by a logistic regression fitted on real scans. DDIM without noise is Euler's method, so Euler "
-        "visits other times (linspace).",
+        "visits other times (linspace). The DiT draws latents, by their flow; all others are a U-Net's.",
         caption_justify="left",
     )
     table.add_column("solver", no_wrap=True)
@@ -283,8 +288,8 @@ def _picture(recordings: dict[str, Recording], scans: Tensor) -> Image:
     """A grid per solver and one of real scans, three in a row; below them, the way from noise to digit."""
     from PIL import Image, ImageDraw, ImageFont
 
-    titles = {run.solver: (run.label, f"{run.steps} steps, {run.spacing}") for run in RUNS}
-    sheets = [(*titles[solver], recording.samples[-1]) for solver, recording in recordings.items()]
+    titles = {run.label: f"{run.steps} steps, {'latents' if run.latent else run.spacing}" for run in RUNS}
+    sheets = [(label, titles[label], recording.images) for label, recording in recordings.items()]
     sheets.append(("Real scans", "what the model was trained on", scans))
     side = PER_DIGIT * (TILE + GAP) - GAP
     width = 2 * MARGIN + 3 * (LABELS + side) + 2 * GUTTER
@@ -323,7 +328,7 @@ def _picture(recordings: dict[str, Recording], scans: Tensor) -> Image:
         MARGIN + LABELS,
         strip_top,
         "From noise to digit",
-        f"by {titles[STRIP][0]}: the sample at each time, and the model's prediction of its end",
+        f"by {STRIP}: the sample at each time, and the model's prediction of its end",
     )
     top = strip_top + 70
     for column in range(columns):

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ ROOMS = [
     "pygen._C",
     "pygen.kernels",
     "pygen.files",
+    "pygen.held",
     "pygen.ops",
     "pygen.diffusion",
     "pygen.models",
@@ -46,6 +48,13 @@ def test_python_imports_flow_one_way(file: Path) -> None:
     module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for name in imports_of(file):
         assert room_of(name) <= room_of(module), f"{module} imports {name}"
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {file.parent.relative_to(ROOT) for file in (ROOT / "pygen").rglob("*.py")}
+    kernels = {"pygen.kernels", "pygen.kernels.triton"}
+    assert sorted(listed) == sorted({".".join(folder.parts) for folder in folders} | kernels)
 
 
 def test_a_solver_knows_nothing_of_tensors() -> None:

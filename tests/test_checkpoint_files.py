@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pygen.autoregressive import gguf
-from pygen.autoregressive.checkpoint_files import MAX_JSON, CheckpointError, CheckpointFiles, open_checkpoint
-from pygen.autoregressive.stored_tensor import DTYPES
+from pygen.autoregressive.checkpoint_files import CheckpointError, CheckpointFiles, open_checkpoint
+from pygen.files.safetensors import MAX_JSON
+from pygen.files.stored_tensor import DTYPES
 from pygen.models import checkpoint
 from pygen.testing.gguf_writer import quantise, write_gguf, write_llama_gguf
 from tests.emulation_build import run

@@ -344,7 +344,8 @@ def test_demo(tmp_path, capsys, monkeypatch):
     for result in results:
         assert result.run.label in table
         assert result.share >= 0.95
-        assert result.deviation <= 2 * result.torch_deviation + 2.0**-23  # the error rule, at values up to 1
+        last = 2.0**-21 if result.run.latent else 2.0**-23  # of values up to 1, and to 4
+        assert result.deviation <= 2 * result.torch_deviation + last  # the error rule
         assert result.model_seconds > 0
         assert result.step_us > 0
         assert (result.scheduler_us is None) == (find_spec("diffusers") is None)

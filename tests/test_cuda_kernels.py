@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ninja
 import pytest
 import torch
 from torch import Tensor
@@ -122,36 +120,34 @@ def test_step_kernels_under_a_sanitizer(sanitizer: emulation_build.Sanitizer, tm
     assert not result.stderr
 
 
-def compiled(kernel: Path, architecture: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = ["nvcc", "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-Xptxas=-v"]
-    command += [f"-arch={architecture}", "-I", ROOT / "kernels" / "include", "-c", kernel]
-    command += ["-o", folder / f"{kernel.stem}.{architecture}.o"]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
-def compilations(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[tuple[Path, str], Future[subprocess.CompletedProcess[str]]]]:
-    """What nvcc says of all that the tests will ask about, on all processors: it takes one."""
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the object of all that the tests will ask about, and with what nvcc said of it.
+
+    By one run of ninja: nvcc takes one processor, and a process as large as this one should not fork often.
+    """
     folder, name = tmp_path_factory.mktemp("nvcc"), "test_compiles_without_spilling"
-    asked = [item.callspec.params for item in request.session.items if getattr(item, "originalname", "") == name]
-    pairs = [(parameters["kernel"], parameters["architecture"]) for parameters in asked]
-    pool = ThreadPoolExecutor(os.cpu_count())
-    yield {pair: pool.submit(compiled, *pair, folder) for pair in pairs}
-    pool.shutdown(cancel_futures=True)
+    flags = f"-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr -Xptxas=-v -I{ROOT / 'kernels' / 'include'}"
+    rules = [f"rule nvcc\n  command = nvcc {flags} -arch=$architecture -c $in -o $out > $out.log 2>&1\n"]
+    for item in request.session.items:
+        if getattr(item, "originalname", "") == name:
+            kernel, architecture = (item.callspec.params[key] for key in ("kernel", "architecture"))
+            rules.append(f"build {kernel.stem}.{architecture}.o: nvcc {kernel}\n  architecture = {architecture}\n")
+    (folder / "build.ninja").write_text("".join(rules))
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-k0", "-C", folder], check=False, capture_output=True)
+    return folder
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on this machine")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda file: file.stem)
-def test_compiles_without_spilling(kernel: Path, architecture: str, compilations: Any) -> None:
-    result = compilations[kernel, architecture].result()
-    assert result.returncode == 0, result.stderr
-    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+def test_compiles_without_spilling(kernel: Path, architecture: str, compiled: Path) -> None:
+    compiler_said = (compiled / f"{kernel.stem}.{architecture}.o.log").read_text()
+    assert (compiled / f"{kernel.stem}.{architecture}.o").exists(), compiler_said
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiler_said)
     assert used
-    assert all(frame == stores == loads == "0" for frame, stores, loads in used), result.stderr
-    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", result.stderr))
+    assert all(frame == stores == loads == "0" for frame, stores, loads in used), compiler_said
+    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", compiler_said))
     assert registers <= int(op_table()[kernel.stem][2 + ARCHITECTURES.index(architecture)]), (
         "more than docs/ops.md says"
     )

@@ -15,12 +15,15 @@ import pygen
 from pygen import _C
 from pygen.diffusion import SOLVERS, Noising, Stepper, min_snr
 from pygen.diffusion.adaptive import ADAPTIVE
+from pygen.models.text import TEXT_MODEL
 from pygen.ops import SPECS, OpSpec
 from pygen.ops.affine_step import make_table
+from pygen.ops.packed_linear import WeightFormat
 from tests.error_rule import assert_error_rule
 from tests.test_ops import BY_DTYPE, in_double, outputs_of, run
 
 GPU_BACKENDS = ("cuda", "triton")
+PARTS = 4  # of a spec's examples, which may run side by side
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: `make gpu` runs these on one")
 ON_GPU = pytest.mark.parametrize(
     "spec", [spec for spec in SPECS.values() if set(spec.backends) & set(GPU_BACKENDS)], ids=lambda spec: spec.name
@@ -43,17 +46,24 @@ def to_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):
             return move(value)
-        return [visit(item) for item in value] if isinstance(value, list) else value
+        if isinstance(value, list | tuple):
+            items = map(visit, value)
+            return value._make(items) if hasattr(value, "_make") else type(value)(items)
+        return value
 
     return {name: visit(value) for name, value in arguments.items()}
 
 
 @ON_GPU
 @BY_DTYPE
-def test_gpu_against_reference(spec: OpSpec, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_gpu_against_reference(spec: OpSpec, dtype: torch.dtype, part: int) -> None:
     """CUDA C++ kernels give the CPU's bits, but where their spec says otherwise; all obey the error rule."""
     families = defaultdict(list)
+    names: dict[str, int] = {}
     for example in spec.examples(dtype):
+        if names.setdefault(example.name, len(names)) % PARTS != part:
+            continue
         arguments = to_gpu(copy.deepcopy(example.arguments))
         spec.function(**arguments)
         results = {name: arguments[name].cpu() for name in outputs_of(spec, example)}
@@ -154,6 +164,55 @@ def test_a_captured_graph_follows_its_row_and_seed() -> None:
         drawn.append(out.clone())
         assert torch.equal(drawn[-1], pygen.affine_step(x, **arguments))
     assert len(torch.stack(drawn).flatten(1).unique(dim=0)) == 3
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_the_decoder_on_a_gpu(weights: WeightFormat) -> None:
+    """Tokens of the shipped model, by CUDA graphs: alone, in a batch, drafted, and through a session."""
+    texts = ["The for statement", "class", "An exception is raised when an operator is given", "x"]
+    here, there = (
+        pygen.Decoder.from_pretrained(TEXT_MODEL, weights, device=device, cache_tokens=2048)
+        for device in ("cpu", "cuda")
+    )
+    prompts = [here.text.encode(text) for text in texts]
+    alone = [there.generate([prompt], 48)[0].tolist() for prompt in prompts]
+    together = [there.submit(prompt, 48) for prompt in prompts]
+    while there.busy:
+        there.step()
+    assert [prompt + request.tokens for prompt, request in zip(prompts, together, strict=True)] == alone
+    drafted = pygen.Decoder(there.model, draft="prompt", stop_tokens=there.stop_tokens)
+    assert [drafted.generate([prompt], 48)[0].tolist() for prompt in prompts] == alone
+    guessed = pygen.Decoder(there.model, draft=there, stop_tokens=there.stop_tokens)
+    assert [guessed.generate([prompt], 48)[0].tolist() for prompt in prompts] == alone
+    settings = {"temperature": 0.8, "top_p": 0.9, "seed": 3, "repetition_penalty": 1.2}
+    assert drafted.generate(prompts[0], 32, **settings).tolist() == there.generate(prompts[0], 32, **settings).tolist()
+    with here.prefill(prompts[2]) as ours, there.prefill(prompts[2]) as theirs:
+        for token in prompts[0]:
+            far = (theirs.logits.cpu() - ours.logits).abs().max()  # in bfloat16 two roundings of the largest
+            assert far <= (1e-6 if weights == "float32" else 2**-7) * 2 * ours.logits.abs().max()
+            ours.step([token])
+            theirs.step([token])
+    if weights == "float32":
+        assert alone == [here.generate([prompt], 48)[0].tolist() for prompt in prompts]
+        beams, best = (decoder.beam_search(prompts[0], 8, num_beams=3) for decoder in (here, there))
+        assert torch.equal(beams[0], best[0])
+
+
+def test_generate_of_a_loaded_model() -> None:
+    """transformers' tokens, on the device of the prompt."""
+    pytest.importorskip("transformers")
+    from tests.decoder_families import made
+
+    model = made("llama-3").to("cuda")
+    prompt = torch.randint(1, 199, (3, 21), generator=torch.Generator().manual_seed(0)).cuda()
+    before = model.generate(prompt, max_new_tokens=40)
+    assert "generate: method" in pygen.accelerate(model).replaced
+    after = model.generate(prompt, max_new_tokens=40)
+    assert after.device == prompt.device
+    assert torch.equal(after, before)
+    assert torch.equal(model.generate(prompt, max_new_tokens=40, prompt_lookup_num_tokens=4), before)
+    beams = model.generate(prompt, max_new_tokens=8, num_beams=3)
+    assert torch.equal(beams, type(model).generate(model, prompt, max_new_tokens=8, num_beams=3))
 
 
 def test_the_extension_has_cuda() -> None:

@@ -16,9 +16,9 @@ from tests.test_pipelines import embeddings, stable_diffusion
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_examples_run(monkeypatch: Any) -> None:
+def test_examples_run(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
-    first, loop, images, server, pipeline, model, decoder, language = re.findall(
+    first, loop, images, server, pipeline, denoiser, model, decoder, language = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
     names: dict[str, Any] = {}
@@ -42,6 +42,10 @@ def test_examples_run(monkeypatch: Any) -> None:
     exec(pipeline, names)
     assert names["report"].replaced[0] == "scheduler: DDIMScheduler"
     assert names["image"].size == (32, 32)
+    names["report"].undo()
+    for part in ("unet", "vae"):
+        getattr(pipe, part).save_pretrained(tmp_path / part)
+    exec(denoiser, names | {"folder": tmp_path})
     exec(model, names)
     assert len(names["two"].tokens) == 20
     assert names["one"].ended in ("length", "stop")
@@ -52,5 +56,7 @@ def test_examples_run(monkeypatch: Any) -> None:
     ids = torch.tensor([[84, 104, 101]])
     names |= {"model": made("llama-3"), "tokenizer": lambda text, return_tensors: {"input_ids": ids}}
     exec(language, names)
-    assert names["report"].replaced == ["generate: method", "attention"]
+    assert names["report"].replaced == [
+        "generate: method", "attention", "rotary embedding (3)", "gated MLP (3)", "RMSNorm (7)",
+    ]  # fmt: skip
     assert names["ids"].shape == (1, 35)

@@ -210,3 +210,34 @@ def test_wrong_arguments(error: type[Exception], message: str, change: dict[str,
 def test_wrong_parameters(message: str, head_dim: int, parameters: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         pygen.rope_frequencies(head_dim, parameters)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_through_a_norm(dtype: torch.dtype, interleaved: bool) -> None:
+    table, positions = pygen.rope_table(pygen.rope_frequencies(24)[0], 50), torch.arange(7)
+    inputs, grad = [torch.randn(2, 3, 7, 40).to(dtype), torch.randn(40).to(dtype)], torch.randn(2, 3, 7, 40).to(dtype)
+
+    def gradients(function: Any, to: torch.dtype) -> list[Tensor]:
+        x, norm = leaves = [tensor.to(to, copy=True).requires_grad_() for tensor in inputs]
+        y = function(x, positions, table, interleaved=interleaved, norm=norm, eps=1e-3)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(to))]
+
+    same, truth = gradients(rope_reference, dtype), gradients(rope_reference, torch.float64)
+    assert_error_rule(zip(gradients(pygen.rope, dtype), same, truth, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("norm", "error", "match"),
+    [
+        (torch.ones(5), ValueError, r"rope: norm must have shape \(32,\) and be contiguous, got \[5\]"),
+        (torch.ones(64)[::2], ValueError, "norm must have shape"),
+        (torch.ones(32).int(), TypeError, "norm"),
+    ],
+)
+def test_a_wrong_norm(norm: Tensor, error: type[Exception], match: str) -> None:
+    table = pygen.rope_table(pygen.rope_frequencies(32)[0], 50)
+    with pytest.raises(error, match=match):
+        pygen.rope(torch.ones(1, 2, 3, 32), torch.arange(3), table, norm=norm)
+    with pytest.raises(ValueError, match="eps"):
+        pygen.rope(torch.ones(1, 2, 3, 32), torch.arange(3), table, norm=torch.ones(32), eps=-1.0)

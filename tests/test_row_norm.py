@@ -226,7 +226,7 @@ def test_triton_rows_longer_than_a_tile_in_long_chunks() -> None:
         ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \(8,\)"),
         ({"weight": torch.ones(1, 8)}, ValueError, r"weight must have shape \(8,\)"),
         ({"weight": ONES.half()}, TypeError, "weight must have x's dtype .* or be float32"),
-        ({"weight": torch.ones(16)[::2]}, ValueError, "weight must be contiguous"),
+        ({"weight": torch.ones(16)[::2]}, ValueError, "weight's last dimension must be contiguous"),
         ({"bias": ONES.half()}, TypeError, "bias must have x's dtype .* or be float32"),
         ({"residual": torch.ones(3, 8)}, ValueError, "residual must have x's shape"),
         ({"residual": X.half()}, TypeError, "residual must have x's dtype"),
@@ -258,3 +258,97 @@ def test_overlap_is_refused() -> None:
     other = torch.zeros(3, 8)
     with pytest.raises(RuntimeError, match="single memory location"):
         pygen.rms_norm(memory[:3], residual=memory[:3], out=other, residual_out=other)
+
+
+def ada(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """As diffusers and DiT write it."""
+    middle = (slice(None), *(None,) * (x.dim() - 2))
+    return functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[middle]) + shift[middle]
+
+
+@pytest.mark.parametrize("size", [(3, 77, 384), (2, 5, 6, 40), (4, 33), (1, 1, 1152), (0, 5, 16)])
+@BY_DTYPE
+def test_ada_layer_norm(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Its results and gradients, a scale and a shift being parts of one projection."""
+    x, projected = torch.randn(size).to(dtype), torch.randn(size[0], 6 * size[-1]).to(dtype)
+    grad = torch.randn(size).to(dtype)
+
+    def results(function: Any, to: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(to, copy=True).requires_grad_() for tensor in (x, projected)]
+        shift, scale = leaves[1].chunk(6, dim=1)[:2]
+        y = function(leaves[0], scale, shift)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(to))]
+
+    ours, same, truth = results(pygen.ada_layer_norm, dtype), results(ada, dtype), results(ada, torch.float64)
+    assert_error_rule(zip(ours, same, truth, strict=True))
+    scale, shift = projected[:, : size[-1]].float(), projected[:, -size[-1] :].float()
+    held = x.clone()
+    assert pygen.ada_layer_norm(held, scale, shift, out=held) is held
+    assert torch.equal(held, pygen.ada_layer_norm(x, scale, shift))
+    for i in range(size[0]):
+        assert torch.equal(held[i], pygen.ada_layer_norm(x[i : i + 1], scale[i : i + 1], shift[i : i + 1])[0])
+    with pygen.backend("reference"):
+        reference = pygen.ada_layer_norm(x, scale, shift)
+    assert_error_rule([(held, reference, ada(x.double(), scale.double(), shift.double()))])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("size", [(3, 77, 384), (2, 5, 6, 40), (4, 33), (0, 5, 16)])
+@BY_DTYPE
+def test_ada_layer_norm_after_a_residual(size: tuple[int, ...], dtype: torch.dtype, gated: bool) -> None:
+    """y and h, and the gradients of all that they are made of."""
+    inputs = [torch.randn(size), torch.randn(size), *(torch.randn(size[0], size[-1]) for _ in range(3))]
+    inputs = [tensor.to(dtype) for tensor in inputs]
+    grads = [torch.randn(size).to(dtype) for _ in range(2)]
+
+    def composed(x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        middle = (slice(None), *(None,) * (x.dim() - 2))
+        h = torch.addcmul(residual, gate[middle], x) if gated else residual + x
+        return ada(h, scale, shift), h
+
+    def fused(x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        return pygen.ada_layer_norm(x, scale, shift, residual=residual, gate=gate if gated else None)
+
+    def results(function: Any, to: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(to, copy=True).requires_grad_() for tensor in inputs]
+        outputs = function(*leaves)
+        of = leaves if gated else leaves[:-1]
+        return [*outputs, *torch.autograd.grad(outputs, of, [grad.to(to) for grad in grads])]
+
+    ours, same, truth = results(fused, dtype), results(composed, dtype), results(composed, torch.float64)
+    assert_error_rule(zip(ours, same, truth, strict=True))
+    with pygen.backend("reference"):
+        assert_error_rule(zip(ours[:2], fused(*inputs), truth[:2], strict=True))
+
+
+def test_gradients_of_a_gate_in_double() -> None:
+    inputs = [torch.randn(2, 3, 5), torch.randn(2, 3, 5), *(torch.randn(2, 5) for _ in range(3))]
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+
+    def function(x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        return pygen.ada_layer_norm(x, scale, shift, residual=residual, gate=gate)
+
+    with pygen.backend("reference"):
+        assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((X[0, 0], ONES[None], ONES[None]), ValueError, r"ada_layer_norm: x must have shape \(batch, ..., elements\)"),
+        ((X, ONES, ONES), ValueError, r"ada_layer_norm: scale must have shape \[2, 8\], got \[8\]"),
+        ((X, torch.ones(2, 8), torch.ones(3, 8)), ValueError, r"shift must have shape \[2, 8\], got \[3, 8\]"),
+        ((X, torch.ones(2, 8).double(), torch.ones(2, 8)), TypeError, "ada_layer_norm: scale must have x's dtype"),
+        ((X.double(), torch.ones(2, 8), torch.ones(2, 8)), TypeError, "x must be float32, bfloat16 or float16"),
+        ((X, torch.ones(2, 8), torch.ones(8, 2).T), ValueError, "ada_layer_norm: shift must have contiguous rows"),
+    ],
+)
+def test_wrong_arguments_of_ada_layer_norm(arguments: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        pygen.ada_layer_norm(*arguments)
+    with pytest.raises(ValueError, match=r"ada_layer_norm: gate must have shape \[2, 8\], got \[2, 1\]"):
+        pygen.ada_layer_norm(X, torch.ones(2, 8), torch.ones(2, 8), residual=X, gate=torch.ones(2, 1))
+    with pytest.raises(ValueError, match="gate needs a residual"):
+        pygen.ada_layer_norm(X, torch.ones(2, 8), torch.ones(2, 8), gate=torch.ones(2, 8))
+    with pytest.raises(ValueError, match="out must have x's shape"):
+        pygen.ada_layer_norm(X, torch.ones(2, 8), torch.ones(2, 8), out=torch.ones(2, 3, 9))

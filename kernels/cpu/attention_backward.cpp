@@ -55,6 +55,9 @@ struct Unit {
   alignas(64) float logsumexp[kQueries], delta[kQueries];
   // Of both tiles: scores, which become weights, and their gradients.
   alignas(64) float weights[kTileKeys * kQueries], slopes[kTileKeys * kQueries];
+  alignas(64) uint16_t numbers[8][kQueries];  // of the weights of eight keys, by which some are dropped
+  PhiloxKey dropout;
+  PhiloxRounds rounds;
   // The same as halves, and the slopes with rows two by two.
   alignas(64) uint16_t halves[kHalves ? 3 : 1][kHalves ? kTileKeys * kQueries : 1];
 
@@ -121,6 +124,7 @@ struct Unit {
     std::memset(sums, 0, width * kQueries * sizeof(float));
     const auto sees = [&](const Keys& some) { return seen(some, begin, begin + count); };
     if (std::any_of(keys, keys + tiles, sees)) pack(head, begin, count);
+    dropout = dropout_key(of, sample, head), rounds = PhiloxRounds(dropout.seed);
     for (int t = 0; t < tiles; ++t) {
       if (sees(keys[t])) multiply(keys[t], head, begin, (count + 31) / 32 * 32, sums);
     }
@@ -149,7 +153,10 @@ struct Unit {
     const auto product = product_of(of, layout.sizes);
     product(tile.rows, here, depth, depth, kQueries, kQueries, false, tile.k, q_across, weights);
     product(tile.rows, here, depth, depth, kQueries, kQueries, false, tile.v, grad_across, slopes);
-    for (int64_t r = 0; r < tile.rows; ++r) weigh(tile, r, head, begin, here);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      if (of.dropout.philox.seed != nullptr && r % 8 == 0) draw(tile.first + r, begin, here);
+      weigh(tile, r, head, begin, here);
+    }
     if constexpr (kHalves) round(tile.rows, here);
     T* const p = reinterpret_cast<T*>(kHalves ? static_cast<void*>(halves[0]) : weights);
     T* const ds = reinterpret_cast<T*>(kHalves ? static_cast<void*>(halves[kHalves]) : slopes);
@@ -167,7 +174,22 @@ struct Unit {
     product(width, here, tile.padded, kTileKeys, kQueries, kQueries, true, tile.k_across, pairs, sums);
   }
 
-  // Makes a row's scores weights p, and grad v^T slopes: p * (grad v^T - delta).
+  // The numbers of the weights of eight keys from one on.
+  void draw(int64_t key, int64_t begin, int64_t here) {
+    for (int64_t j = 0; j < here; j += 2 * kLanes) {
+      U32 word[2][4];
+      philox_vectors(Dropout::block(begin + j, key), dropout, rounds, word, Dropout::block(1, 0));
+      for (int v = 0; v < 2; ++v) {
+        for (int i = 0; i < 8; ++i) {
+          const U16 number = narrow(i % 2 ? word[v][i / 2] >> 16 : word[v][i / 2] & 0xffffu);
+          std::memcpy(numbers[i] + j + v * kLanes, &number, sizeof number);
+        }
+      }
+    }
+  }
+
+  // Makes a row's scores weights p, and grad v^T slopes: p * (grad v^T - delta). Of a weight that is dropped only the
+  // delta is left in its slope.
   void weigh(const Keys& keys, int64_t r, int64_t head, int64_t begin, int64_t here) {
     float *const p = weights + r * kQueries, *const ds = slopes + r * kQueries;
     const int64_t key = keys.first + r;
@@ -184,8 +206,10 @@ struct Unit {
     }
     I32 lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    const F32 scale = splat(of.scale, F32{}), unseen = splat(-kInfinity, F32{});
-    const auto run = [&](auto restricted) __attribute__((always_inline)) {
+    const F32 unit = splat(exponent_unit(kHalves), F32{}), scale = splat(of.scale, F32{}),
+              unseen = splat(-kInfinity, F32{});
+    const F32 kept_scale = splat(of.dropout.scale, F32{});
+    const auto run = [&](auto restricted, auto drops) __attribute__((always_inline)) {
       for (int64_t j = 0; j < here; j += kLanes) {
         F32 s = load_bytes<F32>(p + j) * scale;
         I32 seen = lane == lane;
@@ -202,8 +226,15 @@ struct Unit {
           }
           s = select(seen, s, unseen);
         }
-        F32 weight = weight_of<kHalves>(s - load_bytes<F32>(logsumexp + j));
-        F32 slope = weight * (load_bytes<F32>(ds + j) - load_bytes<F32>(delta + j));
+        F32 weight = weight_of<kHalves>((s - load_bytes<F32>(logsumexp + j)) * unit);
+        F32 through = load_bytes<F32>(ds + j);
+        I32 kept{};
+        if constexpr (drops.value) {
+          kept = to_signed(widen(load_bytes<U16>(numbers[r % 8] + j))) > of.dropout.last;
+          through = select(kept, through * kept_scale, F32{});
+        }
+        F32 slope = weight * (through - load_bytes<F32>(delta + j));
+        if constexpr (drops.value) weight = select(kept, weight * kept_scale, F32{});
         if constexpr (restricted.value) {  // whatever v holds, or a query's numbers are
           slope = select(seen & (s != unseen), slope, F32{});
           weight = select(seen, weight, F32{});
@@ -212,11 +243,10 @@ struct Unit {
         std::memcpy(ds + j, &slope, sizeof slope);
       }
     };
-    if (masked || low > 0 || high < here) {
-      run(std::true_type{});
-    } else {
-      run(std::false_type{});
-    }
+    const auto with = [&](auto drops) __attribute__((always_inline)) {
+      masked || low > 0 || high < here ? run(std::true_type{}, drops) : run(std::false_type{}, drops);
+    };
+    of.dropout.philox.seed != nullptr ? with(std::true_type{}) : with(std::false_type{});
   }
 
   void round(int64_t rows, int64_t here) {
@@ -277,7 +307,8 @@ void attention_backward_queries(const AttentionBackwardArgs& args, int64_t begin
   for (int64_t number = begin; number < end; ++number) {
     const int64_t tile = number % layout.tiles, head = number / layout.tiles % of.heads;
     const int64_t sample = number / layout.tiles / of.heads;
-    alignas(64) float sums[kMostHeadDim * kQueries] = {};
+    alignas(64) float sums[kMostHeadDim * kQueries];
+    std::fill_n(sums, layout.sizes.width * kQueries, 0.0f);
     for (int64_t unit = 0; unit < layout.units; ++unit) {
       const float* const from = partial_of(args, layout, sample, head, unit, tile);
       for (int64_t i = 0; i < layout.sizes.width * kQueries; i += kLanes) {

@@ -4,8 +4,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "multiply_tile.h"
+#include "philox.h"
 #include "pygen/attention.h"
 #include "pygen/exp.h"
+#include "pygen/philox_normal.h"
+#include "rough.h"
 #include "rows.h"
 
 namespace pygen {
@@ -18,6 +22,12 @@ inline constexpr float kInfinity = __builtin_inff();
 [[maybe_unused]] inline int64_t length_of(const AttentionArgs& args, int64_t sample) {
   if (args.lengths == nullptr) return args.keys;
   return std::clamp<int64_t>(args.lengths[sample * args.lengths_stride], 0, args.keys);
+}
+
+// What the numbers of a head's weights are drawn by, where some are dropped.
+[[maybe_unused]] inline PhiloxKey dropout_key(const AttentionArgs& args, int64_t sample, int64_t head) {
+  if (args.dropout.philox.seed == nullptr) return {};
+  return philox_key(args.dropout.philox, sample, kDrawDropout | static_cast<uint32_t>(head));
 }
 
 inline constexpr int64_t kRowFloats = kMostHeadDim + 16;
@@ -35,77 +45,51 @@ inline constexpr int64_t kRowFloats = kMostHeadDim + 16;
   widen<kMostHeadDim>(to, operand, offset, operand.stride[3], args.head_dim);
 }
 
-// c = a b, plus c where `add`: for who has no library's.
-[[maybe_unused]] inline void multiply(int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride,
-                                      int64_t c_stride, bool add, const void* a_data, const void* b_data, float* c) {
-  const float *const a = static_cast<const float*>(a_data), *const b = static_cast<const float*>(b_data);
-  constexpr int kRows = 4, kColumns = 2;
-  for (int64_t j = 0; j < n; j += kColumns * kLanes) {  // n is a multiple of 16
-    const int columns = static_cast<int>(std::min<int64_t>(kColumns, (n - j) / kLanes));
-    for (int64_t i = 0; i < m; i += kRows) {  // and m of 4
-      F32 sums[kRows][kColumns] = {};
-      for (int64_t d = 0; d < k; ++d) {
-        for (int t = 0; t < columns; ++t) {
-          const F32 w = load_bytes<F32>(b + d * b_stride + j + t * kLanes);
-          for (int r = 0; r < kRows; ++r) sums[r][t] = fma(splat(a[(i + r) * a_stride + d], w), w, sums[r][t]);
-        }
-      }
-      for (int r = 0; r < kRows; ++r) {
-        for (int t = 0; t < columns; ++t) {
-          float* const to = c + (i + r) * c_stride + j + t * kLanes;
-          const F32 sum = add ? sums[r][t] + load_bytes<F32>(to) : sums[r][t];
-          std::memcpy(to, &sum, sizeof sum);
-        }
-      }
-    }
-  }
-}
-
 // What multiplies tiles.
 [[maybe_unused]] inline auto product_of(const AttentionArgs& args, const Layout& layout) {
   if (layout.halves) return args.product.bfloat16;
   return args.product.float32 != nullptr ? args.product.float32 : multiply;
 }
 
-// e^x of a weight: within 2 ulp, or 1 + |x| if it is to be a half; 0 where it would be subnormal.
-template <bool kHalves>
+// What a rough weight's exponent is counted in: octaves where that is cheaper.
+[[maybe_unused]] inline float exponent_unit([[maybe_unused]] bool rough) {
+#if defined(__AVX512F__)
+  if (rough) return 1.44269502f;  // log2 e
+#endif
+  return 1.0f;
+}
+
+// e^(x / exponent_unit) of a weight: within 2 ulp, and 0 where it would be subnormal; or rough, which is within 2^-13,
+// for weights that become halves and whose sums do not leave the kernel.
+template <bool kRough>
 PYGEN_INLINE F32 weight_of(F32 x) {
 #if defined(__AVX512F__)
+  if constexpr (kRough) return rough_exp2(x);
   const F32 log2e = splat(1.44269502f, x), y = x * log2e;
-  F32 f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);            // y - floor(y)
-  if constexpr (!kHalves) f += fma(x, splat(1.92596299e-8f, x), fma(x, log2e, -y));  // and what y lacks
+  const F32 f = above_floor(y) + fma(x, splat(1.92596299e-8f, x), fma(x, log2e, -y));  // and what y lacks
   F32 p = splat(0.00187757669f, f);
   p = fma(p, f, splat(0.00898934063f, f));
   p = fma(p, f, splat(0.0558263175f, f));
   p = fma(p, f, splat(0.240153611f, f));
   p = fma(p, f, splat(0.693153083f, f));
   p = fma(p, f, splat(0.99999994f, f));
-  // times 2^floor(y); of NaN too
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, splat(-126.0f, y), _CMP_NLT_UQ), p, y);
 #else
   return exp(x);
 #endif
 }
 
-// Rounds weights to bfloat16; subnormal ones may become 0.
-PYGEN_INLINE void store_halves(uint16_t* to, F32 v) {
-#if defined(__AVX512BF16__)
-  const __m256bh half = _mm512_cvtneps_pbh(v);
-#else
-  const U16 half = narrow(float_to_bfloat16(v));
-#endif
-  std::memcpy(to, &half, sizeof half);
-}
-
 // Packs a block of kKeys rows of an operand from `offset` on, of which `live` are there: as what is multiplied from the
-// right, across (depth, kKeys) or along (kKeys, width), or both. A few rows at a time, so that lines are written whole.
+// right, across (depth, kKeys) or along (kKeys, width), or both. A few rows at a time, so that lines are written whole;
+// what is behind the last 32 with a live one is not read, and not written.
 template <class T>
 void pack_panels(const AttentionArgs& args, const Layout& layout, const Operand& operand, int64_t offset, int64_t live,
                  void* across_data, void* along_data) {
   constexpr int64_t kTogether = 16, kPair = 4 / sizeof(T);
   uint32_t *across = static_cast<uint32_t*>(across_data), *along = static_cast<uint32_t*>(along_data);
   alignas(64) T rows[kTogether][kRowFloats] = {};
-  for (int64_t first = 0; first < kKeys; first += kTogether) {
+  const int64_t end = std::min(kKeys, (live + 31) / 32 * 32);
+  for (int64_t first = 0; first < end; first += kTogether) {
     const int64_t count = std::clamp<int64_t>(live - first, 0, kTogether);
     for (int64_t n = 0; n < count; ++n) read_row(rows[n], args, operand, offset + (first + n) * operand.stride[2]);
     if (count < kTogether) std::memset(rows[count], 0, sizeof rows[0] * (kTogether - count));

@@ -70,10 +70,20 @@ PYGEN_INLINE Statistics statistics_of(const Moments& moments, double eps) {
 
 // ---- Channel by channel: a group lies in one piece -----------------------------------------------------------------
 
-// By 64 partial sums, whatever the width of a vector, each of them made of shorter ones; at the end added by halves.
+inline constexpr int64_t kPartials = 64;  // of a sum, whatever the width of a vector
+
+// Partial sums, added by halves.
+PYGEN_INLINE float total_of(F32 (&partial)[kPartials / kLanes]) {
+  for (int64_t width = kPartials / kLanes / 2; width > 0; width /= 2) {
+    for (int64_t v = 0; v < width; ++v) partial[v] += partial[v + width];
+  }
+  return join_lanes(partial[0], [](F32 a, F32 b) __attribute__((always_inline)) { return a + b; })[0];
+}
+
+// By partial sums, each of them made of shorter ones.
 template <DType kDType>
 Moments block_moments(const char* from, int64_t count, float shift) {
-  constexpr int64_t kPartials = 64, kShort = 8 * kPartials, kSize = size_of(kDType);
+  constexpr int64_t kShort = 8 * kPartials, kSize = size_of(kDType);
   constexpr int kVectors = kPartials / kLanes;
   F32 sum[kVectors] = {}, square[kVectors] = {};
   for (int64_t i = 0; i < count; i += kShort) {
@@ -99,13 +109,7 @@ Moments block_moments(const char* from, int64_t count, float shift) {
     }
     for (int v = 0; v < kVectors; ++v) sum[v] += short_sum[v], square[v] += short_square[v];
   }
-  float sums[kPartials], squares[kPartials];
-  std::memcpy(sums, sum, sizeof sums);
-  std::memcpy(squares, square, sizeof squares);
-  for (int width = kPartials / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) sums[j] += sums[j + width], squares[j] += squares[j + width];
-  }
-  return shifted_moments(static_cast<double>(count), shift, sums[0], squares[0]);
+  return shifted_moments(static_cast<double>(count), shift, total_of(sum), total_of(square));
 }
 
 template <DType kDType>

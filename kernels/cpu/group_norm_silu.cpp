@@ -1,14 +1,26 @@
 #include "pygen/group_norm_silu.h"
 
 #include "group_moments.h"
-#include "pygen/exp.h"
+#include "rough.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
 
-template <class F>
+template <DType kDType, class F>
 PYGEN_INLINE F normalise(F x, F center, F factor, F offset) {
-  return silu(fma(x - center, factor, offset));
+  const F y = fma(x - center, factor, offset);
+  if constexpr (kDType == DType::kBFloat16) return rough_silu(y);
+  return silu(y);
+}
+
+template <DType kDType>
+PYGEN_INLINE void store_rounded(char* to, F32 y) {
+  if constexpr (kDType == DType::kBFloat16) return store_halves(reinterpret_cast<uint16_t*>(to), y);
+  store<kDType>(to, y);
+}
+template <DType kDType>
+PYGEN_INLINE void store_rounded(char* to, const Strip& y) {
+  for (int i = 0; i < kStripVectors; ++i) store_rounded<kDType>(to + i * kLanes * size_of(kDType), y.v[i]);
 }
 
 // This pass computes and the next group's first one waits for memory, so this one asks for what comes `next` bytes on:
@@ -19,12 +31,12 @@ template <DType kDType>
 void normalise_channel(char* to, const char* from, int64_t count, const Scale& scale, int64_t next) {
   constexpr int64_t kSize = size_of(kDType);
   const auto run = [&](auto x) __attribute__((always_inline)) {
-    return normalise(x, splat(scale.center, x), splat(scale.factor, x), splat(scale.offset, x));
+    return normalise<kDType>(x, splat(scale.center, x), splat(scale.factor, x), splat(scale.offset, x));
   };
   if (count < kLanes) {
     char buffer[kLanes * kSize] = {};
     std::memcpy(buffer, from, count * kSize);
-    store<kDType>(buffer, run(load<kDType>(buffer)));
+    store_rounded<kDType>(buffer, run(load<kDType>(buffer)));
     std::memcpy(to, buffer, count * kSize);
     return;
   }
@@ -37,10 +49,10 @@ void normalise_channel(char* to, const char* from, int64_t count, const Scale& s
     for (int64_t line = 0; line < kStrip * kSize; line += kLine) {
       __builtin_prefetch(from + i + next + line, /*write=*/0, /*level=*/2);
     }
-    store_strip<kDType>(to + i, run(load_strip<kDType>(from + i)));
+    store_rounded<kDType>(to + i, run(load_strip<kDType>(from + i)));
   }
-  for (; i < whole; i += kLanes * kSize) store<kDType>(to + i, run(load<kDType>(from + i)));
-  if (whole != last + kLanes * kSize) store<kDType>(to + last, end);
+  for (; i < whole; i += kLanes * kSize) store_rounded<kDType>(to + i, run(load<kDType>(from + i)));
+  if (whole != last + kLanes * kSize) store_rounded<kDType>(to + last, end);
 }
 
 template <DType kDType>
@@ -69,11 +81,11 @@ PYGEN_INLINE void load_column(const char* from, int64_t, F32& x) {
 }
 template <DType kDType>
 PYGEN_INLINE void store_column(char* to, int64_t stride, const Strip& x) {
-  for (int r = 0; r < kStripVectors; ++r) store<kDType>(to + r * stride, x.v[r]);
+  for (int r = 0; r < kStripVectors; ++r) store_rounded<kDType>(to + r * stride, x.v[r]);
 }
 template <DType kDType>
 PYGEN_INLINE void store_column(char* to, int64_t, F32 x) {
-  store<kDType>(to, x);
+  store_rounded<kDType>(to, x);
 }
 PYGEN_INLINE Strip repeat(F32 x, const Strip&) {
   Strip rows;
@@ -95,8 +107,8 @@ PYGEN_INLINE void normalise_some_rows(char* to, const Rows<kDType>& to_rows, con
   const auto run = [&](int64_t v, int64_t at) __attribute__((always_inline)) {
     F x;
     load_column<kDType>(from + at, from_rows.block_stride(), x);
-    return normalise(x, repeat(scales.center.vector(v), x), repeat(scales.factor.vector(v), x),
-                     repeat(scales.offset.vector(v), x));
+    return normalise<kDType>(x, repeat(scales.center.vector(v), x), repeat(scales.factor.vector(v), x),
+                             repeat(scales.offset.vector(v), x));
   };
   const F end = run(last, end_at);  // before the vector that it overlaps is written: `to` may be `from`
   for (int64_t v = 0; v < last; ++v) {

@@ -50,50 +50,50 @@ PYGEN_INLINE Coefficients coefficients_of(const GroupNormSiluBackwardArgs& args,
 
 // ---- Channel by channel --------------------------------------------------------------------------------------------
 
-// Calls visit(x, grad, place) for vectors of a channel's pixels; what lies behind the last is 0, and is not written.
-inline constexpr int64_t kTogether = 64;  // pixels, whatever the width of a vector
+// Calls visit(v, at, x, grad, place) for vectors of a channel's pixels, where `at` counts pixels and v vectors of 64;
+// what lies behind the last is 0, and is not written.
+inline constexpr int64_t kTogether = kPartials;  // pixels
 
 template <DType kDType, class Visit>
 PYGEN_INLINE void each_pixel(const char* x, const char* grad, char* out, int64_t count, Visit visit) {
   constexpr int64_t kSize = size_of(kDType);
-  for (int64_t i = 0; i < count; i += kTogether) {
-    const int64_t here = std::min(count - i, kTogether);
-    alignas(64) char padded[3][kTogether * kSize] = {};
-    const char* from[2] = {x + i * kSize, grad + i * kSize};
-    char* to = out == nullptr ? nullptr : out + i * kSize;
-    if (here < kTogether) {
-      for (int t = 0; t < 2; ++t) std::memcpy(padded[t], from[t], here * kSize), from[t] = padded[t];
-      to = padded[2];
-    }
+  const auto run = [&](int64_t i, const char* from, const char* from_grad, char* to) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int64_t v = 0; v < kTogether / kLanes; ++v) {
       const int64_t at = v * kLanes * kSize;
-      visit(v, load<kDType>(from[0] + at), load<kDType>(from[1] + at), to + at);
+      visit(v, i + v * kLanes, load<kDType>(from + at), load<kDType>(from_grad + at), to == nullptr ? to : to + at);
     }
-    if (here < kTogether && out != nullptr) std::memcpy(out + i * kSize, padded[2], here * kSize);
+  };
+  int64_t i = 0;
+  for (; i + kTogether <= count; i += kTogether) {
+    run(i, x + i * kSize, grad + i * kSize, out == nullptr ? nullptr : out + i * kSize);
   }
+  if (i == count) return;
+  alignas(64) char padded[3][kTogether * kSize] = {};
+  std::memcpy(padded[0], x + i * kSize, (count - i) * kSize);
+  std::memcpy(padded[1], grad + i * kSize, (count - i) * kSize);
+  run(i, padded[0], padded[1], padded[2]);
+  if (out != nullptr) std::memcpy(out + i * kSize, padded[2], (count - i) * kSize);
 }
 
+// Keeps dz too, where there is room for it.
 template <DType kDType>
-Sums channel_sums(const char* x, const char* grad, int64_t count, const Scale& scale) {
+Sums channel_sums(const char* x, const char* grad, int64_t count, const Scale& scale, float* kept) {
   constexpr int kVectors = kTogether / kLanes;
-  constexpr int64_t kBlock = 16 * kTogether;
+  constexpr int64_t kBlock = 16 * kTogether, kSize = size_of(kDType);
   const F32 center = splat(scale.center, F32{}), factor = splat(scale.factor, F32{}),
             offset = splat(scale.offset, F32{});
-  double gradients[kTogether] = {}, products[kTogether] = {};
+  Sums sums{};
   for (int64_t i = 0; i < count; i += kBlock) {
     F32 gradient[kVectors] = {}, product[kVectors] = {};
-    each_pixel<kDType>(x + i * size_of(kDType), grad + i * size_of(kDType), nullptr, std::min(count - i, kBlock),
-                       [&](int64_t v, F32 value, F32 g, char*) __attribute__((always_inline)) {
+    each_pixel<kDType>(x + i * kSize, grad + i * kSize, nullptr, std::min(count - i, kBlock),
+                       [&](int64_t v, int64_t at, F32 value, F32 g, char*) __attribute__((always_inline)) {
                          const F32 away = value - center, dz = gradient_of_z(away, g, factor, offset);
                          gradient[v] += dz, product[v] = fma(dz, away, product[v]);
+                         if (kept != nullptr) std::memcpy(kept + i + at, &dz, sizeof dz);
                        });
-    for (int64_t j = 0; j < kTogether; ++j) {
-      gradients[j] += gradient[j / kLanes][j % kLanes], products[j] += product[j / kLanes][j % kLanes];
-    }
+    sums.gradient += total_of(gradient), sums.product += total_of(product);
   }
-  Sums sums{};
-  for (int64_t j = 0; j < kTogether; ++j) sums.gradient += gradients[j], sums.product += products[j];
   return sums;
 }
 
@@ -105,22 +105,39 @@ void by_channel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t g
     const int64_t offset = sample * operand.stride[0] + channel * operand.stride[1];
     return static_cast<char*>(operand.data) + offset * size_of(kDType);
   };
+  // A group's dz, which cost more than to write and read them.
+  constexpr int64_t kMostKept = 64 << 10;
+  alignas(64) float memory[kMostKept];
+  const int64_t padded = (of.pixels + kTogether - 1) / kTogether * kTogether;
+  const bool keeps = channels * padded <= kMostKept;
+  const auto kept = [&](int64_t c) { return keeps ? memory + (c - first) * padded : nullptr; };
   const Statistics statistics = statistics_of(piece_moments<kDType>(at(of.x, first), channels * of.pixels), of.eps);
   Sums sums{};
   for (int64_t c = first; c < first + channels; ++c) {
-    keep(args, statistics, sample, c,
-         channel_sums<kDType>(at(of.x, c), at(args.grad, c), of.pixels, statistics.scale(of, c)), sums);
+    const Scale scale = statistics.scale(of, c);
+    keep(args, statistics, sample, c, channel_sums<kDType>(at(of.x, c), at(args.grad, c), of.pixels, scale, kept(c)),
+         sums);
   }
   for (int64_t c = first; c < first + channels; ++c) {
     const Coefficients k = coefficients_of(args, statistics, c, sums);
     const auto all = [](float value) __attribute__((always_inline)) { return splat(value, F32{}); };
     const F32 center = all(k.center), factor = all(k.factor), offset = all(k.offset);
     const F32 slope = all(k.slope), tilt = all(k.tilt), shift = all(k.shift);
-    each_pixel<kDType>(at(of.x, c), at(args.grad, c), at(args.grad_x, c), of.pixels,
-                       [&](int64_t, F32 value, F32 g, char* to) __attribute__((always_inline)) {
-                         const F32 away = value - center, dz = gradient_of_z(away, g, factor, offset);
-                         store<kDType>(to, fma(dz, slope, fma(away, tilt, shift)));
-                       });
+    const float* const of_channel = kept(c);
+    const auto run = [&](auto is_kept) __attribute__((always_inline)) {
+      each_pixel<kDType>(at(of.x, c), at(args.grad, c), at(args.grad_x, c), of.pixels,
+                         [&](int64_t, int64_t i, F32 value, F32 g, char* to) __attribute__((always_inline)) {
+                           const F32 away = value - center;
+                           F32 dz;
+                           if constexpr (is_kept.value) {
+                             dz = load_bytes<F32>(of_channel + i);
+                           } else {
+                             dz = gradient_of_z(away, g, factor, offset);
+                           }
+                           store<kDType>(to, fma(dz, slope, fma(away, tilt, shift)));
+                         });
+    };
+    keeps ? run(std::true_type{}) : run(std::false_type{});
   }
 }
 

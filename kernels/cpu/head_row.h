@@ -109,5 +109,88 @@ PYGEN_INLINE void each_head(const Operand& operand, int64_t sequence, int64_t he
   }
 }
 
+struct alignas(64) HeadRow {
+  float at[kMaxHeadDim + 2 * kLanes];
+};
+
+// The sum of the squares of a head.
+template <DType kDType>
+PYGEN_INLINE float sum_of_squares(const char* from, int count) {
+  constexpr int kSums = kNormSums / kLanes;
+  F32 sums[kSums] = {};
+  for (int i = 0; i < count; i += kNormSums) {
+    for (int part = 0; part < kSums; ++part) {
+      const int at = i + part * kLanes;
+      const F32 x = at < count ? load_first<kDType>(from + at * size_of(kDType), count - at) : F32{};
+      sums[part] = fma(x, x, sums[part]);
+    }
+  }
+  for (int width = kSums / 2; width > 0; width /= 2) {
+    for (int part = 0; part < width; ++part) sums[part] += sums[part + width];
+  }
+  return join_lanes(sums[0], [](F32 a, F32 b) { return a + b; })[0];
+}
+
+inline void read_weight(const HeadNorm& norm, int head_dim, HeadRow& to) {
+  if (norm.weight == nullptr) return;
+  const char* const from = static_cast<const char*>(norm.weight);
+  for (int i = 0; i < head_dim; i += kLanes) {
+    const char* const place = from + i * size_of(norm.dtype);
+    const F32 weight = norm.dtype == DType::kFloat32    ? load_first<DType::kFloat32>(place, head_dim - i)
+                       : norm.dtype == DType::kBFloat16 ? load_first<DType::kBFloat16>(place, head_dim - i)
+                                                        : load_first<DType::kFloat16>(place, head_dim - i);
+    std::memcpy(to.at + i, &weight, sizeof weight);
+  }
+}
+
+// What an RMSNorm multiplies the elements of a head by, all and each; nothing where there are no weights.
+struct Norm {
+  const float* weight;
+  float factor;
+};
+
+// As each_head, which calls visit(head, token, place, norm). Heads are taken in groups, whose factors are made
+// together: one by one, each head would wait for its own.
+template <DType kDType, class Visit>
+PYGEN_INLINE void each_normed_head(const Operand& operand, int64_t sequence, int64_t heads, int64_t first,
+                                   int64_t tokens, int head_dim, const float* weight, float eps, Visit visit) {
+  constexpr int kGroup = 16;
+  struct {
+    int64_t head, token;
+    const char* place;
+    Norm norm;
+  } group[kGroup];
+  int count = 0;
+  const auto finish = [&]() __attribute__((always_inline)) {
+    for (int i = 0; weight != nullptr && i < count; ++i) {
+      const float squares = sum_of_squares<kDType>(group[i].place, head_dim);
+      group[i].norm.factor = rms_factor(squares, head_dim, eps);
+    }
+    for (int i = 0; i < count; ++i) visit(group[i].head, group[i].token, group[i].place, group[i].norm);
+    count = 0;
+  };
+  each_head(operand, sequence, heads, first, tokens, head_dim,
+            [&](int64_t head, int64_t token, const char* place) __attribute__((always_inline)) {
+              group[count++] = {head, token, place, {weight, 0.0f}};
+              if (count == kGroup) finish();
+            });
+  finish();
+}
+
+// Normalises, turns and stores a head; apart from the loops over heads, for the sake of registers.
+template <DType kDType, DType kTo>
+__attribute__((noinline)) void convert(const char* from, Norm norm, HeadTurn turn, int head_dim, char* to) {
+  constexpr int64_t kSize = size_of(kDType), kToSize = size_of(kTo);
+  const F32 factor = splat(norm.factor, F32{});
+  turn_head(
+      turn, head_dim,
+      [&](int i, int count) __attribute__((always_inline)) {
+        const F32 x = load_first<kDType>(from + i * kSize, count);
+        return norm.weight == nullptr ? x : x * factor * load_bytes<F32>(norm.weight + i);
+      },
+      [&](int i, F32 value, int count)
+          __attribute__((always_inline)) { store_first<kTo>(to + i * kToSize, value, count); });
+}
+
 }  // namespace
 }  // namespace pygen

@@ -14,6 +14,7 @@ inline constexpr int kWays = kLanes == 16 ? 4 : 2;
 // The rounds of a seed, made once for many blocks and broadcast from memory.
 struct PhiloxRounds {
   PhiloxRound at[kPhiloxRounds];
+  PhiloxRounds() = default;
   explicit PhiloxRounds(uint64_t seed) {
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
     for (PhiloxRound& round : at) {
@@ -24,14 +25,14 @@ struct PhiloxRounds {
   }
 };
 
-// The words of blocks block .. block + kCount * kLanes - 1: word[v][i] of a lane is the i-th of its block.
+// The words of blocks block, block + apart, ...: word[v][i] of a lane is the i-th of block number v * kLanes + lane.
 template <int kCount>
 PYGEN_INLINE void philox_vectors(uint64_t block, const PhiloxKey& key, const PhiloxRounds& rounds,
-                                 U32 (&word)[kCount][4]) {
+                                 U32 (&word)[kCount][4], uint64_t apart = 1) {
   U64 even, words[kCount][2][4];
-  for (int lane = 0; lane < kLanes / 2; ++lane) even[lane] = 2 * lane;
+  for (int lane = 0; lane < kLanes / 2; ++lane) even[lane] = 2 * lane * apart;
   for (int v = 0; v < kCount; ++v) {
-    for (int odd = 0; odd < 2; ++odd) philox_counter(even + (block + v * kLanes + odd), key, words[v][odd]);
+    for (int odd = 0; odd < 2; ++odd) philox_counter(even + (block + (v * kLanes + odd) * apart), key, words[v][odd]);
   }
 #pragma GCC unroll 10
   for (const PhiloxRound& round : rounds.at) {

@@ -7,29 +7,50 @@
 namespace pygen::PYGEN_ISA {
 namespace {
 
-PYGEN_INLINE Strip load_parameter(const Operand& operand, int64_t i, int64_t count) {
-  const char* from = static_cast<const char*>(operand.data) + i * size_of(operand.dtype);
+// Rows one after the other, and whose parameters each takes.
+struct Place : Cursor {
+  const RowNormRows& rows;
+  int64_t sample, left;  // rows of the sample
+
+  Place(const RowNormRows& rows, int64_t row)
+      : Cursor(rows.size, rows.ndim, row),
+        rows(rows),
+        sample(row / rows.per_sample),
+        left(rows.per_sample - row % rows.per_sample) {}
+
+  void next() {
+    advance(1);
+    if (--left == 0) ++sample, left = rows.per_sample;
+  }
+};
+
+PYGEN_INLINE Strip load_parameter(const Operand& operand, const Place& at, int64_t i, int64_t count) {
+  const int64_t place = at.sample * operand.stride[0] + i;
+  const char* from = static_cast<const char*>(operand.data) + place * size_of(operand.dtype);
   if (count == kStrip) return load_strip(from, operand.dtype);
   char padded[kStrip * sizeof(float)] = {};
   std::memcpy(padded, from, count * size_of(operand.dtype));
   return load_strip(padded, operand.dtype);
 }
-PYGEN_INLINE Strip load_weight(const RowNormRows& rows, int64_t i, int64_t count) {
-  if (rows.weight.data == nullptr) return splat(1.0f, Strip{});
-  return load_parameter(rows.weight, i, count) + splat(rows.offset, Strip{});
+PYGEN_INLINE Strip load_weight(const Place& at, int64_t i, int64_t count) {
+  if (at.rows.weight.data == nullptr) return splat(1.0f, Strip{});
+  return load_parameter(at.rows.weight, at, i, count) + splat(at.rows.offset, Strip{});
 }
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
 template <DType kDType, bool kCentred>
-void normalise_row(const RowNormArgs& args, const Cursor& cursor) {
+void normalise_row(const RowNormArgs& args, const Place& cursor) {
   const int64_t count = args.rows.elements;
   const Elements<kDType> x(args.x, cursor), residual(args.residual, cursor);
   auto h = x;
   if (args.residual.data != nullptr) {
     h = Elements<kDType>(args.residual_out, cursor);
-    for_strips(count, [&](int64_t i, int64_t n)
-                          __attribute__((always_inline)) { h.store(i, n, x.load(i, n) + residual.load(i, n)); });
+    for_strips(count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      const Strip more = x.load(i, n), before = residual.load(i, n);
+      h.store(i, n,
+              args.gate.data == nullptr ? more + before : fma(more, load_parameter(args.gate, cursor, i, n), before));
+    });
   }
   Row<kDType, kCentred> row(h, count);
   double sums[row.kMoments];
@@ -43,8 +64,9 @@ void normalise_row(const RowNormArgs& args, const Cursor& cursor) {
   for_strips(count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     x.fetch_next(i, count);
     if (args.residual.data != nullptr) residual.fetch_next(i, count);
-    const Strip y = row.normalised(i, n), weight = load_weight(args.rows, i, n);
-    const Strip result = args.bias.data == nullptr ? y * weight : fma(y, weight, load_parameter(args.bias, i, n));
+    const Strip y = row.normalised(i, n), weight = load_weight(cursor, i, n);
+    const Strip result =
+        args.bias.data == nullptr ? y * weight : fma(y, weight, load_parameter(args.bias, cursor, i, n));
     stream&& n == kStrip ? out.stream(i, result) : out.store(i, n, result);
   });
 }
@@ -54,7 +76,7 @@ void normalise_row(const RowNormArgs& args, const Cursor& cursor) {
 // With n the normalised row and g = grad * weight: grad_x = (g - mean(g) - n mean(g n)) / deviation, where mean(g) is
 // taken off where centred.
 template <DType kDType, bool kCentred>
-void differentiate_row(const RowNormBackwardArgs& args, const Cursor& cursor, float* weight_sums, float* bias_sums) {
+void differentiate_row(const RowNormBackwardArgs& args, const Place& cursor, float* weight_sums, float* bias_sums) {
   const int64_t count = args.rows.elements;
   const Elements<kDType> grad(args.grad, cursor);
   const Elements<kDType> x(args.x, cursor);
@@ -62,7 +84,7 @@ void differentiate_row(const RowNormBackwardArgs& args, const Cursor& cursor, fl
   constexpr int kProduct = row.kMoments, kGrad = kProduct + 1, kSums = kCentred ? kGrad + 1 : kProduct + 1;
   double sums[kSums];
   sum_row<kSums>(count, sums, [&](int64_t i, int64_t n, Strip* sums) __attribute__((always_inline)) {
-    const Strip away = row.away(i, n), g = grad.load(i, n) * load_weight(args.rows, i, n);
+    const Strip away = row.away(i, n), g = grad.load(i, n) * load_weight(cursor, i, n);
     row.add_moments(away, sums);
     sums[kProduct] = fma(g, away, sums[kProduct]);
     if constexpr (kCentred) sums[kGrad] = sums[kGrad] + g;
@@ -82,7 +104,7 @@ void differentiate_row(const RowNormBackwardArgs& args, const Cursor& cursor, fl
     grad.fetch_next(i, count);
     const Strip normalised = row.normalised(i, n), dy = grad.load(i, n);
     if (args.grad_x.data != nullptr) {
-      Strip g = dy * load_weight(args.rows, i, n);
+      Strip g = dy * load_weight(cursor, i, n);
       if constexpr (kCentred) g = g - splat(mean_g, g);
       g = fma(normalised, splat(-mean_gn, g), g) * splat(row.reciprocal, g);
       grad_x.store(i, n, args.residual_grad.data == nullptr ? g : g + residual_grad.load(i, n));
@@ -94,27 +116,29 @@ void differentiate_row(const RowNormBackwardArgs& args, const Cursor& cursor, fl
 
 template <DType kDType, bool kCentred>
 void differentiate_chunk(const RowNormBackwardArgs& args, int64_t chunk) {
-  const int64_t elements = args.rows.elements, first = chunk * kRowNormChunk;
-  const int64_t last = std::min(first + kRowNormChunk, args.row_count);
+  const int64_t elements = args.rows.elements, rows = args.rows.per_sample, sample = chunk / args.chunks;
+  const int64_t first = sample * rows + chunk % args.chunks * kRowNormChunk;
+  const int64_t last = std::min(first + kRowNormChunk, (sample + 1) * rows);
   const auto sums_of_chunk = [&](float* sums) {
     if (sums != nullptr) std::fill_n(sums += chunk * elements, elements, 0.0f);
     return sums;
   };
   float *weight_sums = sums_of_chunk(args.weight_sums), *bias_sums = sums_of_chunk(args.bias_sums);
-  Cursor cursor(args.rows.size, args.rows.ndim, first);
-  for (int64_t row = first; row < last; ++row, cursor.advance(1)) {
+  Place cursor(args.rows, first);
+  for (int64_t row = first; row < last; ++row, cursor.next()) {
     differentiate_row<kDType, kCentred>(args, cursor, weight_sums, bias_sums);
   }
 }
 
-// Adds the chunks' sums, one after the other, in double.
+// Adds the sums of a sample's chunks, one after the other, in double.
 void add_chunks(const RowNormBackwardArgs& args, const float* sums, const Operand& grad, int64_t begin, int64_t end) {
   if (grad.data == nullptr) return;
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int64_t count = std::min(end - first, kChunk);
+  const int64_t elements = args.rows.elements;
+  for (int64_t first = begin, count; first < end; first += count) {
+    count = std::min({end - first, kChunk, elements - first % elements});
     double total[kChunk] = {};
     for (int64_t chunk = 0; chunk < args.chunks; ++chunk) {
-      const float* from = sums + chunk * args.rows.elements + first;
+      const float* from = sums + (first / elements * args.chunks + chunk) * elements + first % elements;
       for (int64_t i = 0; i < count; ++i) total[i] += from[i];
     }
     float rounded[kChunk];
@@ -149,8 +173,8 @@ PYGEN_INLINE void choose(DType dtype, bool centred, Run run) {
 
 void row_norm(const RowNormArgs& args, int64_t begin, int64_t end) {
   choose(args.x.dtype, args.rows.centred, [&]<DType kDType, bool kCentred>() {
-    Cursor cursor(args.rows.size, args.rows.ndim, begin);
-    for (int64_t row = begin; row < end; ++row, cursor.advance(1)) normalise_row<kDType, kCentred>(args, cursor);
+    Place cursor(args.rows, begin);
+    for (int64_t row = begin; row < end; ++row, cursor.next()) normalise_row<kDType, kCentred>(args, cursor);
   });
   if (args.stream) _mm_sfence();
 }

@@ -38,22 +38,25 @@ void widen(float* to, const Operand& operand, int64_t offset, int64_t stride, in
 // Rounds `count` floats, up to a whole vector, at most kMost, to `dtype`, and stores `count` elements.
 template <int64_t kMost>
 void narrow_to(const Operand& operand, int64_t offset, int64_t stride, const float* from, int64_t count) {
-  const int64_t size = size_of(operand.dtype);
+  const int64_t size = size_of(operand.dtype), whole = stride == 1 ? count / kLanes * kLanes : 0;
+  char* const to = static_cast<char*>(operand.data) + offset * size;
   alignas(64) char copy[(kMost + kLanes) * sizeof(float)];
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const F32 v = load_bytes<F32>(from + i);
-    switch (operand.dtype) {
-      case DType::kFloat32:
-        store<DType::kFloat32>(copy + i * 4, v);
-        break;
-      case DType::kBFloat16:
-        store<DType::kBFloat16>(copy + i * 2, v);
-        break;
-      default:
-        store<DType::kFloat16>(copy + i * 2, v);
+  const auto run = [&](auto dtype) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      store<dtype.value>((i < whole ? to : copy) + i * size_of(dtype.value), load_bytes<F32>(from + i));
     }
+  };
+  switch (operand.dtype) {
+    case DType::kFloat32:
+      run(std::integral_constant<DType, DType::kFloat32>{});
+      break;
+    case DType::kBFloat16:
+      run(std::integral_constant<DType, DType::kBFloat16>{});
+      break;
+    default:
+      run(std::integral_constant<DType, DType::kFloat16>{});
   }
-  copy_elements(static_cast<char*>(operand.data) + offset * size, stride, copy, 1, count, size);
+  copy_elements(to + whole * stride * size, stride, copy + whole * size, 1, count - whole, size);
 }
 
 }  // namespace

@@ -5,41 +5,18 @@
 namespace pygen::cuda {
 namespace {
 
-// The sum of the squares of a head, in every lane.
-template <class Load>
-PYGEN_INLINE float sum_of_squares(int count, Load load) {
-  static_assert(kNormSums == kWarp);
-  float sum = 0.0f;
-  for (int i = threadIdx.x % kWarp; i < count; i += kWarp) sum = fma(load(i), load(i), sum);
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, step);
-  return sum;
-}
-
-// Calls `load` for elements, normalised where there is a norm, and turns them into `store`.
-template <class Load, class Store>
-PYGEN_INLINE void convert(const CacheAppendArgs& args, const HeadNorm& norm, const HeadTurn& turn, Load load,
-                          Store store) {
-  const int head_dim = static_cast<int>(args.cache.head_dim);
-  if (norm.weight == nullptr) return turn_head(turn, head_dim, load, store);
-  const float factor = rms_factor(sum_of_squares(head_dim, load), head_dim, args.eps);
-  __syncwarp();  // another lane may store where this one has loaded
-  const auto weight = [&](int i) {
-    return load_one(static_cast<const char*>(norm.weight) + i * size_of(norm.dtype), norm.dtype);
-  };
-  turn_head(turn, head_dim, [&](int i) { return load(i) * factor * weight(i); }, store);
-}
+PYGEN_INLINE int head_dim_of(const CacheAppendArgs& args) { return static_cast<int>(args.cache.head_dim); }
 
 template <class Load>
 PYGEN_INLINE void append(const CacheAppendArgs& args, const HeadNorm& norm, const HeadTurn& turn, Load load,
                          const KvTensor& cache, KvSlot slot, int64_t head) {
   char* const to = kv_row(cache, slot, head);
   if (cache.dtype != DType::kInt8) {
-    return convert(args, norm, turn, load,
+    return convert(norm, args.eps, turn, head_dim_of(args), load,
                    [&](int i, float value) { store_one(to + i * size_of(cache.dtype), cache.dtype, value); });
   }
   uint32_t most = 0;  // by their bits, of which those of NaN are the largest
-  convert(args, norm, turn, load, [&](int, float value) {
+  convert(norm, args.eps, turn, head_dim_of(args), load, [&](int, float value) {
     const uint32_t magnitude = to_unsigned(value) & 0x7fffffffu;
     most = magnitude > most ? magnitude : most;
   });
@@ -50,7 +27,7 @@ PYGEN_INLINE void append(const CacheAppendArgs& args, const HeadNorm& norm, cons
   }
   const Int8Scale chosen(from_unsigned(most));
   if (threadIdx.x % kWarp == 0) *kv_scale(cache, slot, head) = chosen.scale;
-  convert(args, norm, turn, load, [&](int i, float value) {
+  convert(norm, args.eps, turn, head_dim_of(args), load, [&](int i, float value) {
     to[i] = static_cast<char>(chosen.inverse == 0.0f ? 0u : int8_bits(value, chosen.inverse));
   });
 }
@@ -76,7 +53,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 3)
       if (position < 0) {
         turn_head(HeadTurn{}, static_cast<int>(cache.head_dim), [](int) { return 0.0f; }, store);
       } else {
-        convert(args, args.q_norm, turn, [&](int i) { return q.load(i); }, store);
+        convert(args.q_norm, args.eps, turn, head_dim_of(args), [&](int i) { return q.load(i); }, store);
       }
     } else if (slot.page >= 0) {
       const bool is_k = head < args.q_heads + cache.kv_heads;

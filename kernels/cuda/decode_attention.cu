@@ -7,12 +7,12 @@ namespace pygen::cuda {
 namespace {
 
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
-inline constexpr int kThreads = 128;
+inline constexpr int kThreads = 256;
 inline constexpr int kQuad = 4;     // threads to a key, four of the sixteen partial sums each
 inline constexpr int kColumns = 4;  // of the values, to a thread
-inline constexpr int kMaxRows = 8;  // of a group's queries, that a block takes at once
+inline constexpr int kMaxRows = 4;  // of a group's queries, that a block takes at once
 inline constexpr int64_t kMaxBlocks = 2048;
-static_assert(kPartialSums == 4 * kQuad && kMaxRows * kPartialSums == kThreads);
+static_assert(kPartialSums == 4 * kQuad && kMaxRows * kPartialSums <= kThreads);
 
 // N elements that lie together: by one access where the whole row allows it, else those that are there, one by one.
 template <DType kDType, int N>
@@ -207,6 +207,8 @@ struct Split {
 
   // Every run of keys is summed by a group of threads, four columns to each; then the runs are added in their order.
   PYGEN_INLINE void add_values(int64_t partial) const {
+    constexpr int kAhead = kRows == 1 ? 8 : 4;  // keys whose values are on their way at once
+    static_assert(kRunKeys % kAhead == 0);
     const int64_t head_dim = args.cache.head_dim, padded = padded_dim(args);
     int threads = 1;  // of a group
     while (threads < 32 && threads * kColumns < head_dim) threads *= 2;
@@ -220,17 +222,26 @@ struct Split {
         const int from = (first_run + group) * kRunKeys, to = from + kRunKeys;
         float sums[kRows][kColumns] = {};
         if (column < head_dim) {
-#pragma unroll 4
-          for (int key = from > begin ? from : begin; key < (to < end ? to : end); ++key) {
-            if (shared.page[key] < 0) continue;
-            float v[kColumns];
-            load_some<kDType>(row_of(args.cache.v, key), column, head_dim, aligned, v);
+          for (int next = from; next < to && next < end; next += kAhead) {
+            float v[kAhead][kColumns];
+            bool there[kAhead];
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-              if (!alike && (key < shared.begin[r] || key >= shared.end[r])) continue;
-              const float p = shared.weights[r][key];
+            for (int j = 0; j < kAhead; ++j) {
+              const int key = next + j;
+              there[j] = key >= begin && key < end && shared.page[key] >= 0;
+              if (there[j]) load_some<kDType>(row_of(args.cache.v, key), column, head_dim, aligned, v[j]);
+            }
 #pragma unroll
-              for (int i = 0; i < kColumns; ++i) sums[r][i] = fma(p, v[i], sums[r][i]);
+            for (int j = 0; j < kAhead; ++j) {
+              const int key = next + j;
+              if (!there[j]) continue;
+#pragma unroll
+              for (int r = 0; r < kRows; ++r) {
+                if (!alike && (key < shared.begin[r] || key >= shared.end[r])) continue;
+                const float p = shared.weights[r][key];
+#pragma unroll
+                for (int i = 0; i < kColumns; ++i) sums[r][i] = fma(p, v[j][i], sums[r][i]);
+              }
             }
           }
         }
@@ -262,7 +273,7 @@ struct Split {
 };
 
 template <DType kDType, int kRows>
-__global__ void __launch_bounds__(kThreads, kRows == kMaxRows ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, 2)
     split_kernel(const __grid_constant__ DecodeAttentionArgs args, bool aligned) {
   __shared__ Shared<kRows> shared;
   WorkItem item(args);
@@ -271,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, kRows == kMaxRows ? 3 : 4)
     split.locate();
     const int64_t partial = partial_row(args, split.sequence, split.head, item.split());
     const int64_t rows = args.q_len * args.group;
-    for (split.row = 0; split.row < rows; split.row += kRows) {
+    for (split.row = blockIdx.y * kRows; split.row < rows; split.row += gridDim.y * kRows) {
       split.rows = rows - split.row < kRows ? static_cast<int>(rows - split.row) : kRows;
       split.load_queries();
       __syncthreads();
@@ -333,10 +344,10 @@ void launch(const DecodeAttentionArgs& args, void* stream) {
     for (const int64_t stride : tensor->stride) aligned = aligned && stride * size_of(kDType) % 16 == 0;
   }
   const int64_t items = args.cache.batch * args.cache.kv_heads * args.splits, rows = args.q_len * args.group;
-  const auto kernel = rows == 1   ? split_kernel<kDType, 1>
-                      : rows <= 4 ? split_kernel<kDType, 4>
-                                  : split_kernel<kDType, kMaxRows>;
-  PYGEN_LAUNCH(kernel, dim3(static_cast<unsigned>(items < kMaxBlocks ? items : kMaxBlocks)), dim3(kThreads), 0, stream,
+  const auto kernel = rows == 1 ? split_kernel<kDType, 1> : split_kernel<kDType, kMaxRows>;
+  // Blocks that take other rows over the same keys find these in the second-level cache.
+  const int64_t keys = items < kMaxBlocks ? items : kMaxBlocks, shares = (rows + kMaxRows - 1) / kMaxRows;
+  PYGEN_LAUNCH(kernel, dim3(static_cast<unsigned>(keys), static_cast<unsigned>(shares)), dim3(kThreads), 0, stream,
                args, aligned);
 }
 

@@ -49,6 +49,29 @@ PYGEN_INLINE void turn_head(const HeadTurn& turn, int count, Load load, Store st
   for (int i = 2 * turn.pairs + lane; i < count; i += kWarp) store(i, load(i));
 }
 
+// The sum of the squares of a head, in every lane.
+template <class Load>
+PYGEN_INLINE float sum_of_squares(int count, Load load) {
+  static_assert(kNormSums == kWarp);
+  float sum = 0.0f;
+  for (int i = threadIdx.x % kWarp; i < count; i += kWarp) sum = fma(load(i), load(i), sum);
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, step);
+  return sum;
+}
+
+// Calls `load` for elements, normalised where there is a norm, and turns them into `store`.
+template <class Load, class Store>
+PYGEN_INLINE void convert(const HeadNorm& norm, float eps, const HeadTurn& turn, int count, Load load, Store store) {
+  if (norm.weight == nullptr) return turn_head(turn, count, load, store);
+  const float factor = rms_factor(sum_of_squares(count, load), count, eps);
+  __syncwarp();  // another lane may store where this one has loaded
+  const auto weight = [&](int i) {
+    return load_one(static_cast<const char*>(norm.weight) + i * size_of(norm.dtype), norm.dtype);
+  };
+  turn_head(turn, count, [&](int i) { return load(i) * factor * weight(i); }, store);
+}
+
 // The kernel of a dtype.
 template <class Kernel>
 Kernel of_dtype(DType dtype, Kernel float32, Kernel bfloat16, Kernel float16) {

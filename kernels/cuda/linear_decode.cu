@@ -4,7 +4,8 @@
 // 16 bytes per lane, which are four outputs of one line. Each lane adds up its own lines; the four lanes that share
 // outputs are added by shuffles, the warps in their order through shared memory. What a row gives does not depend on
 // the rows beside it, nor on how blocks are scheduled. Beyond eight rows a panel has several blocks, neighbours in the
-// grid: the first takes it from memory, the others from the second-level cache.
+// grid: the first takes it from memory, the others from the second-level cache. Where there are fewer panels than
+// multiprocessors, each is shared by two blocks, which take half of every line.
 //
 // Bound by the reading of the weights as long as arithmetic keeps up: a row takes an fma per float weight, or half a
 // dp2a per code (16-bit numbers times bytes; a whole one where x or out is float32). Of a GPU with 7 fma and 1 or 2
@@ -21,12 +22,11 @@ namespace {
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kWarp = 32;
 constexpr int kLine = 4 * kPanel;  // bytes
-constexpr int kTeams = 4;          // of lanes, each with a line of its own
 constexpr int kOutputs = 4;        // of a lane
 constexpr int kLoads = 4;          // of a lane, at once
-constexpr int kBatch = kLoads * kTeams;
-constexpr int kMostRows = 8;      // together: the registers hold their sums
-constexpr int kInputsUnit = 128;  // that a batch of lines divides
+constexpr int kMostRows = 8;       // together: the registers hold their sums
+constexpr int kInputsUnit = 256;   // that a batch of lines divides
+constexpr int kManyBlocks = 132;   // as many as a large GPU has multiprocessors
 
 constexpr int line_inputs_of(WeightFormat format) {
   constexpr int kInputs[] = {1, 2, 4, 8};
@@ -131,8 +131,9 @@ __global__ void __launch_bounds__(kExpertThreads)
 
 // ---- Rows: a block to each -----------------------------------------------------------------------------------------
 
-constexpr int kRowThreads = 256;
+constexpr int kRowThreads = 512;
 constexpr int kRowWarps = kRowThreads / kWarp;
+constexpr int kStaged = 11264;  // inputs that shared memory holds meanwhile; longer rows stay in the workspace
 
 // The same in all threads.
 PYGEN_INLINE double row_sum(double value, double* shared) {
@@ -156,28 +157,28 @@ PYGEN_INLINE char* place(const Operand& operand, int64_t row, int64_t column) {
   return static_cast<char*>(operand.data) + offset * size_of(operand.dtype);
 }
 
-// Calls visit(i, x) for the thread's inputs.
-template <class Visit>
-PYGEN_INLINE void each_input(const LinearDecodeArgs& args, const Layout& layout, int64_t row, Visit visit) {
-  float* const x = reinterpret_cast<float*>(args.scratch);
-  for (int64_t i = threadIdx.x; i < args.weight.inputs; i += kRowThreads) visit(i, x[layout.float_at(row, i)]);
+// Calls visit(i, x) for the thread's inputs; x(i) is where one lies.
+template <class Place, class Visit>
+PYGEN_INLINE void each_input(const LinearDecodeArgs& args, Place x, Visit visit) {
+  for (int64_t i = threadIdx.x; i < args.weight.inputs; i += kRowThreads) visit(i, x(i));
 }
 
-PYGEN_INLINE void normalise(const LinearDecodeArgs& args, const Layout& layout, int64_t row, double* shared) {
+template <class Place>
+PYGEN_INLINE void normalise(const LinearDecodeArgs& args, Place place_of, double* shared) {
   const int64_t inputs = args.weight.inputs;
   double sum = 0.0, square = 0.0;
   if (args.norm == LinearNorm::kLayer) {
-    each_input(args, layout, row, [&](int64_t, float x) { sum += x; });
+    each_input(args, place_of, [&](int64_t, float x) { sum += x; });
     sum = row_sum(sum, shared);
   }
   const double mean = sum / static_cast<double>(inputs);
-  each_input(args, layout, row, [&](int64_t, float x) { square += (x - mean) * (x - mean); });
+  each_input(args, place_of, [&](int64_t, float x) { square += (x - mean) * (x - mean); });
   square = row_sum(square, shared);
   const double rate = 1.0 / ::sqrt(square / static_cast<double>(inputs) + args.eps);
   // Next to the mean, x - center is exact.
   const float center = static_cast<float>(mean), factor = static_cast<float>(rate);
   const float offset = static_cast<float>((center - mean) * rate);
-  each_input(args, layout, row, [&](int64_t i, float& x) {
+  each_input(args, place_of, [&](int64_t i, float& x) {
     x = fma(x - center, factor, offset) * element(args.norm_weight, i, 1.0f) + element(args.norm_bias, i, 0.0f);
   });
 }
@@ -190,10 +191,9 @@ PYGEN_INLINE int64_t word_of(WeightFormat format, int64_t i) {
 }
 
 // A chunk of a row, by a warp; whether some of it is not finite.
-PYGEN_INLINE bool make_chunk(const LinearDecodeArgs& args, const Layout& layout, int64_t row, int64_t index,
-                             float& scale) {
+PYGEN_INLINE bool make_chunk(const LinearDecodeArgs& args, const Layout& layout, const float* x, int64_t row,
+                             int64_t index, float& scale) {
   const int lane = threadIdx.x % kWarp;
-  const float* const x = reinterpret_cast<const float*>(args.scratch) + row * layout.inputs;
   uint16_t* const words = reinterpret_cast<uint16_t*>(args.scratch + layout.lines_at);
   const int64_t plane = layout.inputs * layout.groups * layout.together, first = index * layout.chunk;
   const int64_t end = first + layout.chunk < layout.inputs ? first + layout.chunk : layout.inputs;
@@ -232,20 +232,28 @@ PYGEN_INLINE bool make_chunk(const LinearDecodeArgs& args, const Layout& layout,
 __global__ void __launch_bounds__(kRowThreads, 1)
     rows_kernel(const __grid_constant__ LinearDecodeArgs args, const __grid_constant__ Layout layout) {
   __shared__ double shared[kRowWarps];
+  __shared__ float staged[kStaged];
   const int64_t row = blockIdx.x, of_out = row_of(args, layout, row);  // of the workspace, and of out
   if (of_out < 0) return;
   const int64_t of_x = args.experts == nullptr ? row : of_out / args.choices;
-  float* const x = reinterpret_cast<float*>(args.scratch);
+  float* const own = reinterpret_cast<float*>(args.scratch);
+  const bool stays = layout.inputs <= kStaged;
+  const auto there = [&](int64_t i) -> float& { return own[layout.float_at(row, i)]; };
+  const auto place_of = [&](int64_t i) -> float& { return stays ? staged[i] : there(i); };
   for (int64_t i = threadIdx.x; i < layout.inputs; i += kRowThreads) {
-    x[layout.float_at(row, i)] = i < args.weight.inputs ? load_one(place(args.x, of_x, i), args.x.dtype) : 0.0f;
+    place_of(i) = i < args.weight.inputs ? load_one(place(args.x, of_x, i), args.x.dtype) : 0.0f;
   }
-  if (args.norm != LinearNorm::kNone) normalise(args, layout, row, shared);
+  if (args.norm != LinearNorm::kNone) normalise(args, place_of, shared);
+  if (stays) {  // a thread wrote what it reads here
+    for (int64_t i = threadIdx.x; i < layout.inputs; i += kRowThreads) there(i) = staged[i];
+  }
   if (layout.words == 0) return;
   __syncthreads();
   float* const scales = reinterpret_cast<float*>(args.scratch + layout.scales_at) + layout.scale_at(row);
   bool special = false;
   for (int64_t c = threadIdx.x / kWarp; c < layout.chunks(); c += kRowWarps) {
-    special |= make_chunk(args, layout, row, c, scales[c * layout.together]);
+    special |=
+        make_chunk(args, layout, stays ? staged : own + row * layout.inputs, row, c, scales[c * layout.together]);
   }
   special = __syncthreads_or(special);
   if (threadIdx.x == 0) reinterpret_cast<int32_t*>(args.scratch + layout.specials_at)[row] = special;
@@ -256,22 +264,26 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 
-// A lane's part of a panel and of a group of rows. Of rows that are not there, what memory holds is computed.
+// A lane's part of a panel and of a group of rows, where so many blocks share a panel. Of rows that are not there, what
+// memory holds is computed.
 struct Lane {
   const LinearDecodeArgs& args;
   const Layout& layout;
+  int64_t index;  // of the panel
   const char* panel;
-  int64_t group;           // of rows
-  int lines, team, first;  // its outputs are first .. first + 3
+  int64_t group;                  // of rows
+  int lines, share, team, first;  // its outputs are first .. first + 3
 
-  PYGEN_INLINE Lane(const LinearDecodeArgs& args, const Layout& layout, int line_inputs)
+  PYGEN_INLINE Lane(const LinearDecodeArgs& args, const Layout& layout, int line_inputs, int shares)
       : args(args),
         layout(layout),
-        panel(static_cast<const char*>(args.weight.data) + blockIdx.x / layout.groups * args.weight.panel_bytes()),
+        index(blockIdx.x / layout.groups / shares),
+        panel(static_cast<const char*>(args.weight.data) + index * args.weight.panel_bytes()),
         group(blockIdx.x % layout.groups),
         lines(static_cast<int>(args.weight.padded_inputs() / line_inputs)),
-        team(threadIdx.x % kWarp / (kPanel / kOutputs)),
-        first(threadIdx.x % (kPanel / kOutputs) * kOutputs) {
+        share(blockIdx.x / layout.groups % shares),
+        team(threadIdx.x % kWarp / (kPanel / kOutputs / shares)),
+        first(share * (kPanel / shares) + threadIdx.x % (kPanel / kOutputs / shares) * kOutputs) {
     if (args.experts == nullptr) return;
     const int64_t expert = group_expert(args, layout, group);
     if (expert >= args.expert_count) lines = 0;
@@ -279,9 +291,11 @@ struct Lane {
   }
 };
 
-template <WeightFormat kFormat, int kRows>
+constexpr int teams_of(int shares) { return kWarp / (kPanel / kOutputs) * shares; }  // of lanes, each with a line
+
+template <WeightFormat kFormat, int kRows, int kShares_>
 struct Floats {
-  static constexpr int kLineInputs = line_inputs_of(kFormat);
+  static constexpr int kLineInputs = line_inputs_of(kFormat), kShares = kShares_, kTeams = teams_of(kShares);
   const Lane& lane;
   const float* x;
 
@@ -314,9 +328,9 @@ struct Floats {
 };
 
 // Codes, of which kSpan loads share a scale.
-template <WeightFormat kFormat, int kSpan, int kRows>
+template <WeightFormat kFormat, int kSpan, int kRows, int kShares_>
 struct Codes {
-  static constexpr int kLineInputs = line_inputs_of(kFormat);
+  static constexpr int kLineInputs = line_inputs_of(kFormat), kShares = kShares_, kTeams = teams_of(kShares);
   static constexpr int kLineBytes = 2 * kLineInputs;  // of a row
   static constexpr int kNever = 31;                   // a shift
   const Lane& lane;
@@ -372,7 +386,7 @@ struct Codes {
     const PackedLinear& weight = lane.args.weight;
 #pragma unroll
     for (int l = 0; l < kLoads; l += kSpan) {
-      const int line = first_line + l * kTeams;
+      const int line = first_line + l * kTeams + lane.team;
       if (line >= lane.lines) return;
       const int group = line >> group_shift;
       const char* const header = lane.panel + place(group << group_shift) - weight.header_bytes();
@@ -383,7 +397,7 @@ struct Codes {
         float value[kOutputs] = {};
 #pragma unroll 1
         for (int word = 0; word < lane.layout.words; ++word) {
-          const char* const words = x + word * plane + (int64_t{line + lane.team} * kRows + r) * kLineBytes;
+          const char* const words = x + word * plane + (int64_t{line} * kRows + r) * kLineBytes;
           int dot[kOutputs] = {};
 #pragma unroll
           for (int s = 0; s < kSpan; ++s) {
@@ -455,7 +469,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_assert(kRows * kPanel <= kThreads);
   __shared__ float shared[kWarps][kRows][kPanel];
   if (args.experts != nullptr && group_expert(args, layout, blockIdx.x % layout.groups) < 0) return;
-  const Lane lane(args, layout, Weights::kLineInputs);
+  constexpr int kTeams = Weights::kTeams, kBatch = kLoads * kTeams;
+  const Lane lane(args, layout, Weights::kLineInputs, Weights::kShares);
   const Weights weights(lane);
   const int warp = threadIdx.x / kWarp;
   float sum[kRows][kOutputs] = {};
@@ -485,16 +500,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
-      sum[r][o] += __shfl_xor_sync(kWholeWarp, sum[r][o], kWarp / 4);
-      sum[r][o] += __shfl_xor_sync(kWholeWarp, sum[r][o], kWarp / 2);
+#pragma unroll
+      for (int step = kWarp / kTeams; step < kWarp; step *= 2)
+        sum[r][o] += __shfl_xor_sync(kWholeWarp, sum[r][o], step);
       if (lane.team == r % kTeams) shared[warp][r][lane.first + o] = sum[r][o];
     }
   }
   __syncthreads();
 
-  const int width = args.weight.width();
-  const int r = threadIdx.x / width, output = threadIdx.x % width;
-  const int64_t slot = lane.group * kRows + r, column = blockIdx.x / layout.groups * width + output;
+  const int width = args.weight.width(), own = width / Weights::kShares;
+  const int r = threadIdx.x / own, output = lane.share * own + threadIdx.x % own;
+  const int64_t slot = lane.group * kRows + r, column = lane.index * width + output;
   if (r >= kRows || column >= args.weight.outputs) return;
   const int64_t row = row_of(args, layout, slot);
   if (row < 0 || row >= args.rows) return;
@@ -511,25 +527,33 @@ __global__ void __launch_bounds__(kThreads, 1)
   store_one(place(args.out, row, column), args.out.dtype, y);
 }
 
-template <template <int> class Weights, int kRows = 1>
+template <template <int, int> class Weights, int kRows = 1>
 void launch_panels(const LinearDecodeArgs& args, const Layout& layout, void* stream) {
   if constexpr (kRows < kMostRows) {
     if (layout.together > kRows) return launch_panels<Weights, 2 * kRows>(args, layout, stream);
   }
-  const dim3 grid(static_cast<unsigned>(args.weight.panels() * layout.groups));
-  PYGEN_LAUNCH((panels_kernel<Weights<kRows>, kRows>), grid, dim3(kThreads), 0, stream, args, layout);
+  const int64_t blocks = args.weight.panels() * layout.groups;
+  const bool shared = !args.weight.gated && blocks < kManyBlocks;  // a gate and what it is for lie in halves of a line
+  const auto kernel = shared ? panels_kernel<Weights<kRows, 2>, kRows> : panels_kernel<Weights<kRows, 1>, kRows>;
+  const dim3 grid(static_cast<unsigned>(shared ? 2 * blocks : blocks));
+  PYGEN_LAUNCH(kernel, grid, dim3(kThreads), 0, stream, args, layout);
 }
 
-template <int kRows>
-using Float32 = Floats<WeightFormat::kFloat32, kRows>;
-template <int kRows>
-using BFloat16 = Floats<WeightFormat::kBFloat16, kRows>;
-template <int kSpan>
+template <int kRows, int kShares>
+using Float32 = Floats<WeightFormat::kFloat32, kRows, kShares>;
+template <int kRows, int kShares>
+using BFloat16 = Floats<WeightFormat::kBFloat16, kRows, kShares>;
+// kInputs: of neighbours, at the least, that share a scale.
+template <int kInputs>
 struct Spans {
-  template <int kRows>
-  using Int8 = Codes<WeightFormat::kInt8, kSpan, kRows>;
-  template <int kRows>
-  using Int4 = Codes<WeightFormat::kInt4, kSpan, kRows>;
+  static constexpr int span(int line_inputs, int shares) {
+    const int loads = kInputs / line_inputs / teams_of(shares);
+    return loads >= kLoads ? kLoads : loads >= 2 ? 2 : 1;
+  }
+  template <int kRows, int kShares>
+  using Int8 = Codes<WeightFormat::kInt8, span(4, kShares), kRows, kShares>;
+  template <int kRows, int kShares>
+  using Int4 = Codes<WeightFormat::kInt4, span(8, kShares), kRows, kShares>;
 };
 
 }  // namespace
@@ -549,12 +573,13 @@ void linear_decode(const LinearDecodeArgs& args, void* stream) {
     case WeightFormat::kBFloat16:
       return launch_panels<BFloat16>(args, layout, stream);
     case WeightFormat::kInt8:
-      return one || group >= 64 ? launch_panels<Spans<4>::Int8>(args, layout, stream)
-                                : launch_panels<Spans<2>::Int8>(args, layout, stream);
+      return one || group >= 128 ? launch_panels<Spans<128>::Int8>(args, layout, stream)
+             : group == 64       ? launch_panels<Spans<64>::Int8>(args, layout, stream)
+                                 : launch_panels<Spans<32>::Int8>(args, layout, stream);
     case WeightFormat::kInt4:
-      return one || group >= 128 ? launch_panels<Spans<4>::Int4>(args, layout, stream)
-             : group == 64       ? launch_panels<Spans<2>::Int4>(args, layout, stream)
-                                 : launch_panels<Spans<1>::Int4>(args, layout, stream);
+      return one || group >= 128 ? launch_panels<Spans<128>::Int4>(args, layout, stream)
+             : group == 64       ? launch_panels<Spans<64>::Int4>(args, layout, stream)
+                                 : launch_panels<Spans<32>::Int4>(args, layout, stream);
   }
 }
 

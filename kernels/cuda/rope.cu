@@ -12,7 +12,9 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, 4) rope_kernel(const __grid
                       args.table.interleaved, args.inverse};
   for (int64_t head = threadIdx.x / kWarp; head < args.heads; head += blockDim.x / kWarp) {
     const HeadRow<kDType> x(args.x, sequence, head, token), out(args.out, sequence, head, token);
-    turn_head(turn, args.head_dim, [&](int i) { return x.load(i); }, [&](int i, float value) { out.store(i, value); });
+    convert(
+        args.norm, args.eps, turn, args.head_dim, [&](int i) { return x.load(i); },
+        [&](int i, float value) { out.store(i, value); });
   }
 }
 

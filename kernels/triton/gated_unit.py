@@ -16,9 +16,18 @@ _OPERANDS = ("gate", "up", "grad", "out", "grad_gate", "grad_up")
 
 
 @triton.jit
+def _exp(x):
+    """e^x of x below 0; tl.exp rounds x log2(e) as a whole, and so loses digits where it is large."""
+    x = tl.where(x < -200.0, -200.0, x)  # where it is 0, infinity too
+    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = tl.fma(whole, -1.4286068203094172e-06, tl.fma(whole, -0.693145751953125, x))  # log(2) in two parts
+    return tl.exp2(whole) * tl.exp2(rest * 1.4426950408889634)
+
+
+@triton.jit
 def _sigmoids(x):
     """1 / (1 + e^-x) and 1 / (1 + e^x), neither of which loses digits to the other."""
-    small = tl.exp(-tl.abs(x))
+    small = _exp(-tl.abs(x))
     most = 1.0 / (1.0 + small)
     least = small * most
     return tl.where(x < 0, least, most), tl.where(x < 0, most, least)

@@ -1,5 +1,5 @@
-"""row_norm_backward: one program per chunk of rows, which leaves its sums for the parameters' gradients; then one
-program per few elements of a row, which adds those of the chunks."""
+"""row_norm_backward: one program per chunk of a sample's rows, which leaves its sums for the gradients of parameters;
+then one program per few elements of a row, which adds those of the chunks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from .row_norm import WARPS, load_scale, row_offset, row_strides, source, tile
+from .row_norm import (
+    WARPS,
+    load_scale,
+    parameter_offset,
+    row_offset,
+    row_strides,
+    sample_strides,
+    source,
+    tile,
+)
 
 _TILE = 4096
 _PROGRAMS = 512  # about as many as keep a GPU busy, if there are so many rows
@@ -26,11 +35,12 @@ def _row_norm_backward(
     grad_x,
     weight_sums,
     bias_sums,
-    rows,
+    rows,  # of a sample
     middle,  # rows along the last two of three dimensions
     inner,
     elements,  # of a row
     chunk,  # rows of a program
+    chunks,  # of a sample
     x_0,
     x_1,
     x_2,
@@ -43,21 +53,27 @@ def _row_norm_backward(
     grad_x_0,
     grad_x_1,
     grad_x_2,
+    weight_0,  # of samples
     eps,
     offset,
     CENTRED: tl.constexpr,
+    BY_SAMPLE: tl.constexpr,
     WHOLE: tl.constexpr,  # whether a row fits the tile
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
+    sample = program // chunks if BY_SAMPLE else program * 0
+    begin = (program - sample * chunks) * chunk
+    weight_at = parameter_offset(sample, weight_0, BY_SAMPLE)
     column = tl.arange(0, COLUMNS)
     sums_at = program * elements + column
     weight_sum = tl.zeros([COLUMNS], tl.float32)
     bias_sum = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, chunk, ROWS):
-        row = (program * chunk + first + tl.arange(0, ROWS))[:, None]
+        row = (begin + first + tl.arange(0, ROWS))[:, None]
         here = row < rows
+        row += sample * rows
         x_row = row_offset(row, middle, inner, x_0, x_1, x_2)
         grad_row = row_offset(row, middle, inner, grad_0, grad_1, grad_2)
         residual_grad_row = row_offset(row, middle, inner, residual_grad_0, residual_grad_1, residual_grad_2)
@@ -80,7 +96,9 @@ def _row_norm_backward(
             c = c0 + column[None, :]
             inside = here & (c < elements)
             away = tl.where(inside, tl.load(x + x_row + c, inside, 0.0).to(tl.float32) - mean, 0.0)
-            g = tl.load(grad + grad_row + c, inside, 0.0).to(tl.float32) * load_scale(weight, c, elements, offset)
+            g = tl.load(grad + grad_row + c, inside, 0.0).to(tl.float32) * load_scale(
+                weight, weight_at, c, elements, offset
+            )
             sums += away
             squares += away * away
             g_sums += g
@@ -99,7 +117,7 @@ def _row_norm_backward(
             n = tl.where(inside, (tl.load(x + x_row + c, inside, 0.0).to(tl.float32) - mean - left) * reciprocal, 0.0)
             dy = tl.load(grad + grad_row + c, inside, 0.0).to(tl.float32)
             if grad_x is not None:
-                g = (dy * load_scale(weight, c, elements, offset) - mean_g - n * mean_gn) * reciprocal
+                g = (dy * load_scale(weight, weight_at, c, elements, offset) - mean_g - n * mean_gn) * reciprocal
                 if residual_grad is not None:
                     g += tl.load(residual_grad + residual_grad_row + c, inside, 0.0).to(tl.float32)
                 tl.store(grad_x + grad_x_row + c, g.to(grad_x.dtype.element_ty), inside)
@@ -130,12 +148,14 @@ def _row_norm_backward(
 @triton.jit
 def _add_chunks(sums, grad, chunks, elements, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr):
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    sample = tl.program_id(1).to(tl.int64)
+    sums += sample * chunks * elements
     total = tl.zeros([CHUNKS, COLUMNS], tl.float32)
     for first in range(0, chunks, CHUNKS):
         chunk = (first + tl.arange(0, CHUNKS).to(tl.int64))[:, None]
         inside = (chunk < chunks) & (column < elements)[None, :]
         total += tl.load(sums + chunk * elements + column[None, :], inside, 0.0)
-    tl.store(grad + column, tl.sum(total, 0).to(grad.dtype.element_ty), column < elements)
+    tl.store(grad + sample * elements + column, tl.sum(total, 0).to(grad.dtype.element_ty), column < elements)
 
 
 def chunk_rows(rows: int, elements: int) -> int:
@@ -151,6 +171,7 @@ def launch(
     eps: float,
     offset: float,
     centred: bool,
+    by_sample: bool,
     residual_grad: Any,
     grad_x: Any,
     grad_weight: Any,
@@ -158,22 +179,25 @@ def launch(
     weight_sums: Any,
     bias_sums: Any,
 ) -> None:
-    """x, grad, residual_grad and grad_x have three dimensions of rows, and one of neighbouring elements; the sums are
-    (chunks, elements) in float32, where the gradients are wanted."""
-    *_, middle, inner, elements = x.shape
-    rows = x.numel() // elements
+    """x, grad, residual_grad and grad_x have three dimensions of rows, and one of neighbouring elements; by sample, the
+    first is theirs. The sums are (samples * chunks, elements) in float32, where the gradients are wanted."""
+    outer, middle, inner, elements = x.shape
+    samples = outer if by_sample else 1
+    rows = x.numel() // elements // max(samples, 1)
     chunk = chunk_rows(rows, elements)
     chunks = triton.cdiv(rows, chunk)
     strides = row_strides(x, grad, residual_grad, grad_x)
     options = tile(elements, _TILE)
-    if chunks:
-        _row_norm_backward[(chunks,)](
+    if samples * chunks:
+        _row_norm_backward[(samples * chunks,)](
             x, grad, weight, residual_grad, grad_x, weight_sums, bias_sums, rows, middle, inner, elements, chunk,
-            *strides, eps, offset, CENTRED=centred, WHOLE=elements <= options["COLUMNS"], **options, num_warps=WARPS,
+            chunks, *strides, *sample_strides(weight), eps, offset, CENTRED=centred, BY_SAMPLE=by_sample,
+            WHOLE=elements <= options["COLUMNS"], **options, num_warps=WARPS,
+            enable_fp_fusion=False,  # gradients of short rows cancel: what is subtracted must be rounded alike
         )  # fmt: skip
     for sums, gradient in ((weight_sums, grad_weight), (bias_sums, grad_bias)):
-        if gradient is not None:
-            _add_chunks[(triton.cdiv(elements, _ADD_COLUMNS),)](
+        if gradient is not None and samples:
+            _add_chunks[(triton.cdiv(elements, _ADD_COLUMNS), samples)](
                 sums, gradient, chunks, elements, COLUMNS=_ADD_COLUMNS, CHUNKS=_ADD_CHUNKS, num_warps=WARPS
             )
 
@@ -182,16 +206,20 @@ def sources(dtype: str) -> Iterator[tuple[ASTSource, dict[str, Any]]]:
     """Rows of a transformer, of a head, and longer than a tile, in "fp32", "bf16" or "fp16"; with options."""
     pointers = dict.fromkeys(("x", "grad", "weight", "residual_grad", "grad_x"), f"*{dtype}")
     pointers |= dict.fromkeys(("weight_sums", "bias_sums"), "*fp32")
-    strides = [name for name in _row_norm_backward.arg_names if name[-2:] in ("_0", "_1", "_2")]
-    types = pointers | dict.fromkeys(("rows", "middle", "inner", "elements", "chunk", *strides), "i32")
+    strides = [name for name in _row_norm_backward.arg_names if name[-2:] in ("_0", "_1", "_2") and name != "weight_0"]
+    types = pointers | dict.fromkeys(
+        ("rows", "middle", "inner", "elements", "chunk", "chunks", "weight_0", *strides), "i32"
+    )
     types |= {"eps": "fp32", "offset": "fp32"}
     for elements in (4096, 64, 16384):
         for centred in (False, True):
             options = tile(elements, _TILE)
-            constants = {"CENTRED": centred, "WHOLE": elements <= options["COLUMNS"]} | options
+            constants = {"CENTRED": centred, "WHOLE": elements <= options["COLUMNS"], "BY_SAMPLE": False} | options
             if not centred:
                 constants |= {"bias_sums": None}
             yield source(_row_norm_backward, types, constants, [*pointers, "elements", *strides])
+    constants = {"CENTRED": True, "WHOLE": True, "BY_SAMPLE": True} | tile(1152, _TILE)
+    yield source(_row_norm_backward, types, constants, [*pointers, "elements", *strides])
     types = {"sums": "*fp32", "grad": f"*{dtype}", "chunks": "i32", "elements": "i32"}
     constants = {"COLUMNS": _ADD_COLUMNS, "CHUNKS": _ADD_CHUNKS}
     yield source(_add_chunks, types, constants, ["sums", "grad", "elements"])

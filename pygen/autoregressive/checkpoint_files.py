@@ -9,11 +9,8 @@ while it is open is not survived: that is the price of mapping it.
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping
-from mmap import mmap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,11 @@ from torch import Tensor
 
 from pygen import _C
 from pygen.autoregressive.gguf import translate
-from pygen.autoregressive.stored_tensor import MappedFile, StoredTensor
 from pygen.files import CheckpointError as CheckpointError
-from pygen.files import open_regular, refuse
+from pygen.files import refuse
+from pygen.files.safetensors import read_json, stored_tensors
+from pygen.files.stored_tensor import StoredTensor, parsed
 
-MAX_JSON = 1 << 24  # bytes of config.json, and of an index: what is parsed from it takes many times more
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -113,76 +110,15 @@ def _refuse_pickle(file: Path) -> None:
     refuse(file, "a pickle, which may run any code and is never read: load it with transformers and save_pretrained it")
 
 
-def _parse(file: Path, parse: Callable[[mmap], Any]) -> tuple[dict[str, StoredTensor], dict[str, Any], dict[str, int]]:
-    """The tensors by the names they have in the file, the metadata, and the lengths of arrays that are not in it."""
-    mapped = MappedFile(file)
-    try:
-        entries, metadata, lengths = parse(mapped.map)
-    except ValueError as error:
-        refuse(file, error)
-    return {name: StoredTensor(mapped, *entry) for name, *entry in entries}, metadata, lengths
-
-
 def _open_gguf(file: Path, tokenizer: Path | None) -> CheckpointFiles:
-    stored, metadata, lengths = _parse(file, _C.parse_gguf)
+    stored, metadata, lengths = parsed(file, _C.parse_gguf)
     config, generation_config, tensors = translate(file, metadata, lengths, stored)
     return CheckpointFiles(file, config, generation_config, tensors, tokenizer)
 
 
 def _open_safetensors(directory: Path, tokenizer: Path | None) -> CheckpointFiles:
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
-    generation_config = _read_json(generation) if generation.exists() else {}
-    if (directory / WEIGHTS).exists():
-        tensors, _, _ = _parse(directory / WEIGHTS, _C.parse_safetensors)
-    else:
-        tensors = _parse_shards(directory / INDEX)
+    generation_config = read_json(generation) if generation.exists() else {}
+    tensors = stored_tensors(directory / WEIGHTS, directory / INDEX)
     return CheckpointFiles(directory, config, generation_config, tensors, tokenizer)
-
-
-def _parse_shards(index: Path) -> dict[str, StoredTensor]:
-    """The tensors of all shards: those of the index, each in its own file, and no others."""
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        refuse(index, "weight_map must be an object of tensors and the files that hold them")
-    for name, shard in weight_map.items():
-        # A plain name: a path would lead out of the directory. (A link may: caches of downloads are made of them.)
-        plain = isinstance(shard, str) and Path(shard).name == shard and len(shard) < 256
-        if not plain or not shard.endswith(".safetensors"):
-            refuse(index, f"weight_map: the file of {name!r:.100} must be a name in this directory, got {shard!r:.100}")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        file = index.with_name(shard)
-        found, _, _ = _parse(file, _C.parse_safetensors)
-        for name, tensor in found.items():
-            if weight_map.get(name) != shard:
-                refuse(file, f"unknown tensor {name!r}: it is not in {index.name}, or there in another file")
-            tensors[name] = tensor
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            refuse(index.with_name(shard), f"missing tensor {name!r:.100}, which {index.name} promises")
-    return {name: tensors[name] for name in weight_map}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    with open_regular(file) as stream:
-        if os.fstat(stream.fileno()).st_size > MAX_JSON:
-            refuse(file, f"more than {MAX_JSON} bytes")
-        text = stream.read()
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-            refuse(file, f"field {name!r:.100} is there twice")
-        return fields
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        refuse(file, f"not JSON: {error}")
-    if not isinstance(value, dict):
-        refuse(file, "must hold a JSON object")
-    return value

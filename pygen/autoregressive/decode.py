@@ -72,6 +72,8 @@ class Decoder:
                 theirs, own = getattr(draft.model.config, name), getattr(model.config, name)
                 if theirs != own if name == "vocabulary" else theirs < own:
                     raise ValueError(f"draft has {name} {theirs}, and the model {own}")
+            if draft.device != model.embedding.device:
+                raise ValueError(f"draft lies on {draft.device}, and the model on {model.embedding.device}")
             self._models.append(draft.model)
         self._drafted = 0 if draft is None else draft_tokens
         self._pool = PagePool(self._models, cache_tokens, cache_dtype)
@@ -89,6 +91,7 @@ class Decoder:
         *,
         group: int | None = None,
         max_length: int | None = None,
+        device: str | torch.device = "cpu",
         progress: bool = False,
         **options: Any,
     ) -> Decoder:
@@ -100,6 +103,7 @@ class Decoder:
                 with float32 weights, else bfloat16.
             group: of int8 and int4: see ``pack_linear``.
             max_length: the most tokens that a sequence may have; what the model was made for where left out.
+            device: that holds the weights and the cache: the CPU or a GPU.
             progress: whether to show a bar on stderr.
             options: of ``Decoder``.
 
@@ -124,7 +128,12 @@ class Decoder:
             model = build(files, plan, weights, group)
         stop = files.generation_config.get("eos_token_id", files.config.get("eos_token_id"))
         stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
-        return cls(model, stop_tokens=stop, tokenizer=files.tokenizer, **options)
+        return cls(model.to(device), stop_tokens=stop, tokenizer=files.tokenizer, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights and the cache."""
+        return self.model.embedding.device
 
     @property
     def cache_tokens(self) -> int:
@@ -300,15 +309,16 @@ class Decoder:
     def _prefill(self, request: Request, pages: Pages, end: int) -> None:
         """Run a request's tokens up to ``end``: each as it would be without an interruption, the prompt's and then what
         steps have run."""
-        table = torch.full((1, self._pages), -1, dtype=torch.int32)
+        table = torch.full((1, self._pages), -1, dtype=torch.int32, device=self.device)
         pages.write(table[0])
         sequence, ahead = request._sequence, request._ahead
         while pages.tokens < end:
             begin, prompt = pages.tokens, pages.tokens < len(ahead)
             until = min(end, len(ahead)) if prompt else end
-            tokens, first = torch.tensor([sequence[begin:until]]), torch.tensor([[begin]])
+            with self.device:
+                tokens, first, length = (torch.tensor(x) for x in ([sequence[begin:until]], [[begin]], [until]))
             for model, layers in zip(self._models, self._pool.layers, strict=True):
-                model.hidden(tokens, first, torch.tensor([until]), table, layers, prompt=prompt)
+                model.hidden(tokens, first, length, table, layers, prompt=prompt)
             pages.fill(ahead, until)
 
     def _reserve(self) -> None:

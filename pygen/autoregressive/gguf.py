@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pygen.autoregressive.stored_tensor import StoredTensor
 from pygen.files import refuse
+from pygen.files.stored_tensor import StoredTensor
 
 MAX_COUNT = 1 << 30
 MAX_LAYERS = MAX_EXPERTS = 1 << 10

@@ -26,10 +26,11 @@ class Session:
 
     def __init__(self, model: DecoderModel, pool: PagePool, prompts: list[list[int]]) -> None:
         self._model, self._pool = model, pool
+        self._device = model.embedding.device
         self._pages = [Pages(pool) for _ in prompts]
         self._length = 0
         self._prepare()
-        tokens = torch.tensor(prompts)
+        tokens = torch.tensor(prompts, device=self._device)
         ahead = tokens.shape[1] - 1  # the last token is the first step's
         try:
             for begin in range(0, ahead, CHUNK):
@@ -42,10 +43,11 @@ class Session:
     def _prepare(self) -> None:
         """What the step of so many sequences reads, and is recorded with when it is first wanted."""
         rows = len(self._pages)
-        self._tokens = torch.zeros(rows, 1, dtype=torch.int64)
-        self._first = torch.zeros(rows, 1, dtype=torch.int64)
-        self._lengths = torch.zeros(rows, dtype=torch.int64)
-        self._table = torch.full((rows, self._pool.pages_of(self._model)), -1, dtype=torch.int32)
+        with self._device:
+            self._tokens = torch.zeros(rows, 1, dtype=torch.int64)
+            self._first = torch.zeros(rows, 1, dtype=torch.int64)
+            self._lengths = torch.zeros(rows, dtype=torch.int64)
+            self._table = torch.full((rows, self._pool.pages_of(self._model)), -1, dtype=torch.int32)
         self._program: Program[Tensor] | None = None
 
     def _hidden(self, tokens: Tensor, prompt: bool) -> Tensor:
@@ -65,7 +67,7 @@ class Session:
         if not recorded:
             return self._logits()
         if self._program is None:
-            self._program = record(self._logits)
+            self._program = record(self._logits, self._device)
         return self._program().clone()
 
     def _logits(self) -> Tensor:

@@ -7,7 +7,6 @@ two run as ever, and the others with their gradients.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,80 +16,41 @@ from diffusers import ModelMixin
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from pygen.ops.attention import attention
+from pygen.held import Held
+from pygen.models.layers import (
+    Packed,
+    attend,
+    convolve,
+    convolve_doubled,
+    doubles,
+    may_hold,
+    project,
+    project_together,
+)
 from pygen.ops.gated_unit import geglu
 from pygen.ops.group_norm_silu import group_norm_silu
-from pygen.ops.row_norm import layer_norm
-from pygen.patch import Left, Replacement
+from pygen.ops.row_norm import ada_layer_norm, layer_norm, with_rows
+from pygen.patch import TAKEN, Left, Replacement, forwards, is_ours
 
 Found = Iterator[Replacement | Left]
-_TAKEN = "its forward has been replaced already"
 
 
 def modules(model: ModelMixin) -> Found:
     """Of a model, whatever there is a rule for."""
+    layers: Any = model
+    yield from forwards(layers, lambda module: _RULES.get(type(module)))
     for name, module in model.named_modules():
-        rule = _RULES.get(type(module))
-        forward = vars(module).get("forward")
-        if rule is not None and forward is None:
-            yield from rule(name, module)
-        elif rule is not None and not _is_ours(forward):
-            yield Left(name, _TAKEN)
         processor = getattr(module, "processor", None)
         if processor is not None:
             yield from _attention(name, module, processor)
-
-
-def _is_ours(forward: Any) -> bool:
-    return getattr(forward, "func", forward).__module__ == __name__
-
-
-def _learning(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _packs(module: nn.Conv2d | nn.Linear, x: Tensor) -> bool:
-    """Whether oneDNN computes it as torch would, on a packed weight, and nothing learns by it."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == module.weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and not _learning(x, module.weight, module.bias)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _state(tensor: Tensor) -> tuple[int, int | None, torch.dtype]:
-    """What changes with a tensor's values; those of inference mode do not tell."""
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.dtype
-
-
-class _Packed:
-    """A parameter in the order of a library, made when it is first needed and again when the parameter has changed.
-
-    Whoever writes to a parameter's ``data`` hides it from autograd, and so from this; ``load_state_dict``, optimisers
-    and whatever else works under ``no_grad`` do not.
-    """
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-        self.state: tuple[int, int | None, torch.dtype] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Packed, (self.parameter,)
-
-    def get(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
-        state = _state(self.parameter)
-        if state != self.state:
-            self.packed, self.state = pack(self.parameter.detach()), state
-        return self.packed
 
 
 # A forward is a function of its module, and bound to it by partial: whoever copies a model copies that too.
@@ -101,30 +61,12 @@ def _convolution(name: str, module: nn.Conv2d) -> Found:
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         yield Left(name, f"Conv2d with padding {module.padding!r}, {module.padding_mode}")
         return
-    yield Replacement(module, "forward", partial(_convolve, module, _Packed(module.weight)), "Conv2d")
-
-
-def _convolve(module: nn.Conv2d, packed: _Packed, input: Tensor) -> Tensor:
-    if not _packs(module, input):
-        return nn.Conv2d.forward(module, input)
-    input = input.contiguous(memory_format=torch.channels_last)
-    how = (module.padding, module.stride, module.dilation, module.groups)
-    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-    weight = packed.get(lambda weight: reorder(weight.to_mkldnn(), *how, list(input.shape)))
-    return torch.ops.mkldnn._convolution_pointwise(input, weight, module.bias, *how, "none", [], "")
+    yield Replacement(module, "forward", partial(convolve, module, Held()), "Conv2d")
 
 
 def _linear(name: str, module: nn.Linear) -> Found:
     """Likewise; and the bias goes with the product, where torch copies it into the result first."""
-    yield Replacement(module, "forward", partial(_project, module, _Packed(module.weight)), "Linear")
-
-
-def _project(module: nn.Linear, packed: _Packed, input: Tensor) -> Tensor:
-    if not _packs(module, input):
-        return nn.Linear.forward(module, input)
-    rows = input.numel() // module.in_features
-    weight = packed.get(lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, rows))
-    return torch.ops.mkldnn._linear_pointwise(input, weight, module.bias, "none", [], "")
+    yield Replacement(module, "forward", partial(project, module, Held()), "Linear")
 
 
 def _layer_norm(name: str, module: nn.LayerNorm) -> Found:
@@ -135,8 +77,53 @@ def _layer_norm(name: str, module: nn.LayerNorm) -> Found:
 
 
 def _normalise(module: nn.LayerNorm, input: Tensor) -> Tensor:
-    rows = input if input.stride(-1) == 1 else input.contiguous()
-    return layer_norm(rows, module.weight, module.bias, eps=module.eps)
+    return layer_norm(with_rows(input), module.weight, module.bias, eps=module.eps)
+
+
+def _adaptive(name: str, module: Any) -> Found:
+    """AdaLayerNormZero of DiT, and its kin."""
+    if type(module.norm) is not nn.LayerNorm or module.norm.elementwise_affine:
+        yield Left(name, f"{type(module).__name__} with {type(module.norm).__name__}, or with a weight")
+        return
+    yield Replacement(module, "forward", partial(_ADAPTIVE[type(module)], module), type(module).__name__)
+
+
+def _modulated(module: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    if scale.dtype != x.dtype:
+        y: Tensor = module.norm(x) * (1 + scale[:, None]) + shift[:, None]
+        return y
+    return ada_layer_norm(with_rows(x), scale, shift, module.norm.eps)
+
+
+def _zero(
+    module: AdaLayerNormZero,
+    x: Tensor,
+    timestep: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    hidden_dtype: torch.dtype | None = None,
+    emb: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    if module.emb is not None:
+        emb = module.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+    shift, scale, *rest = module.linear(module.silu(emb)).chunk(6, dim=1)
+    return _modulated(module, x, scale, shift), *rest
+
+
+def _zero_single(module: AdaLayerNormZeroSingle, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+    shift, scale, gate = module.linear(module.silu(emb)).chunk(3, dim=1)
+    return _modulated(module, x, scale, shift), gate
+
+
+def _continuous(module: AdaLayerNormContinuous, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+    scale, shift = module.linear(module.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+    return _modulated(module, x, scale, shift)
+
+
+_ADAPTIVE: dict[type, Callable[..., Any]] = {
+    AdaLayerNormZero: _zero,
+    AdaLayerNormZeroSingle: _zero_single,
+    AdaLayerNormContinuous: _continuous,
+}
 
 
 def _resnet_block(name: str, module: ResnetBlock2D) -> Found:
@@ -175,6 +162,21 @@ def _through_block(module: Any, input_tensor: Tensor, temb: Tensor | None = None
     return x if module.output_scale_factor == 1 else x / module.output_scale_factor
 
 
+def _upsample(name: str, module: Upsample2D) -> Found:
+    """Which does not make the doubled image, where it is given to a convolution."""
+    if module.use_conv and not module.use_conv_transpose and module.interpolate and module.norm is None:
+        yield Replacement(module, "forward", partial(_double, module, Held()), "Upsample2D")
+
+
+def _double(module: Any, held: Held[Tensor], hidden_states: Tensor, output_size: Any = None, *args: Any) -> Tensor:
+    conv = module.conv if module.name == "conv" else module.Conv2d_0
+    exact = getattr(conv.forward, "func", None) is convolve  # in int8 it is sooner done with the doubled image
+    if not args and exact and doubles(conv, hidden_states, output_size):
+        return convolve_doubled(conv, held, hidden_states)
+    y: Tensor = Upsample2D.forward(module, hidden_states, output_size, *args)
+    return y
+
+
 def _geglu(name: str, module: GEGLU) -> Found:
     yield Replacement(module, "forward", partial(_gate, module), "GEGLU")
 
@@ -204,7 +206,9 @@ _RULES: dict[type, Callable[[str, Any], Found]] = {
     nn.Conv2d: _convolution,
     nn.Linear: _linear,
     nn.LayerNorm: _layer_norm,
+    **dict.fromkeys(_ADAPTIVE, _adaptive),
     ResnetBlock2D: _resnet_block,
+    Upsample2D: _upsample,
     GEGLU: _geglu,
     Transformer2DModel: _transformer,
 }
@@ -221,8 +225,8 @@ def _attention(name: str, module: Any, processor: Any) -> Found:
     elif "scaled_dot_product_attention" in getattr(kind.__call__, "__code__", _attention.__code__).co_names:
         if "forward" not in vars(module):
             yield Replacement(module, "forward", partial(_redirected, module), "attention")
-        elif not _is_ours(module.forward):
-            yield Left(name, _TAKEN)
+        elif not is_ours(module.forward):
+            yield Left(name, TAKEN)
     else:
         yield Left(name, f"{kind.__module__}.{kind.__name__} is no processor that there is a rule for")
 
@@ -251,17 +255,17 @@ def _in_place_of_torchs(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if dropout_p or query.dim() != 4:
-        raise ValueError("pygen's attention has four dimensions and no dropout: undo pygen.accelerate for others")
-    return attention(query, key, value, mask=attn_mask, causal=is_causal, scale=scale)
+    if query.dim() != 4:
+        raise ValueError(f"pygen's attention has four dimensions, got {query.dim()}: undo pygen.accelerate for others")
+    return attend(query, key, value, attn_mask, causal=is_causal, scale=scale, dropout_p=dropout_p)
 
 
 class PygenAttnProcessor:
     """``AttnProcessor2_0`` on ``pygen.attention``; keys and values of one text are made once for all steps."""
 
     def __init__(self) -> None:
-        self.text: weakref.ref[Tensor] | None = None
-        self.state: tuple[object, ...] = ()
+        self.together: Held[Packed] = Held()
+        self.of_text: Held[tuple[Tensor, Tensor]] = Held()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PygenAttnProcessor, ()
@@ -287,18 +291,25 @@ class PygenAttnProcessor:
             attention_mask = attention_mask.view(text.shape[0], attn.heads, -1, attention_mask.shape[-1])
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        query = _heads(attn, attn.to_q(hidden_states), attn.norm_q)
         if encoder_hidden_states is None:
-            key, value = self._keys_and_values(attn, hidden_states)
+            parts = self._projected(attn, hidden_states)
+            query, key, value = map(_heads, (attn,) * 3, parts, (attn.norm_q, attn.norm_k, None))
         else:
+            query = _heads(attn, attn.to_q(hidden_states), attn.norm_q)
             key, value = self._of_text(attn, encoder_hidden_states)
-        y = attention(query, key, value, mask=attention_mask)
+        y = attend(query, key, value, attention_mask)
         y = attn.to_out[1](attn.to_out[0](y.transpose(1, 2).flatten(2)))
         if len(shape) == 4:
             y = y.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
             y = y + residual
         return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
+
+    def _projected(self, attn: Attention, states: Tensor) -> tuple[Tensor, ...]:
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        if all(map(_is_plain, projections)):
+            return project_together(projections, self.together, states)
+        return tuple(projection(states) for projection in projections)
 
     def _keys_and_values(self, attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
         return _heads(attn, attn.to_k(states), attn.norm_k), _heads(attn, attn.to_v(states), None)
@@ -307,15 +318,17 @@ class PygenAttnProcessor:
         """Those of the very tensor, unchanged, that they were last made of, if nothing learns by them."""
         if attn.norm_cross:
             return self._keys_and_values(attn, attn.norm_encoder_hidden_states(text))
-        parameters = [p for layer in (attn.to_k, attn.to_v) for p in layer.parameters()]
-        changes = _learning(text, *parameters) or text.is_inference()
-        if changes or torch.compiler.is_compiling() or torch.is_autocast_enabled(text.device.type):
+        made_of = (text, *attn.to_k.parameters(), *attn.to_v.parameters())
+        if not may_hold(*made_of):
             return self._keys_and_values(attn, text)
-        state = tuple(_state(tensor) for tensor in (text, *parameters))
-        if self.text is None or self.text() is not text or self.state != state:
-            self.held = self._keys_and_values(attn, text)
-            self.text, self.state = weakref.ref(text), state
-        return self.held
+        return self.of_text.get(made_of, lambda: self._keys_and_values(attn, text))
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether a linear layer is no more than its product: no adapter's, without hooks, and nobody else's forward."""
+    forward = vars(linear).get("forward")
+    ours = forward is None or getattr(forward, "func", None) is project
+    return type(linear) is nn.Linear and ours and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def _heads(attn: Attention, x: Tensor, norm: nn.Module | None) -> Tensor:

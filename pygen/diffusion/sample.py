@@ -64,7 +64,9 @@ class Stepper:
             raise ValueError("give guider or a plan with thresholding, not both")
         self.plan = plan
         self.guide = None if guider is None else guider.begin(like)
-        self.known = known
+        # Made here, so that no step waits for a GPU.
+        self._rows, self._noisy = plan.rows, plan.noisy
+        self._known = None if known is None else (plan.inpainting, known.mask, [known.image, known.noise])
         self.predictions = [torch.empty_like(like) for _ in range(plan.predictions)]
         self.carried = [torch.empty_like(like) for _ in range(plan.carried)]
 
@@ -83,17 +85,16 @@ class Stepper:
         pred: Tensor | None = None,
     ) -> Tensor:
         """x_{index + 1} from x_index and the model's output; see ``affine_step`` for the arguments."""
-        table, row = self.plan.table, self.plan.rows[index]
+        table, row = self.plan.table, self._rows[index]
         history, mask = [*self.predictions, *self.carried], None
-        known = [] if self.known is None else [self.known.image, self.known.noise]
-        if self.known is not None and not self.carried:
-            table, mask = self.plan.inpainting, self.known.mask
+        if self._known is not None and not self.carried:
+            table, mask, known = self._known
             history += known
         # The newest takes the place of the oldest, which this step still reads.
         pred = self.predictions[-1] if self.predictions else pred
         second = self.carried[-1] if self.carried else None
         draws: dict[str, Any] = {"noise": noise, "sample_ids": sample_ids}
-        draws["seed"] = seed if self.plan.noisy[index] else None  # nothing to draw: any memory order will do
+        draws["seed"] = seed if self._noisy[index] else None  # nothing to draw: any memory order will do
         scale = None
         if self.plan.thresholding is not None:
             ratio, max_value = self.plan.thresholding
@@ -117,8 +118,8 @@ class Stepper:
             second=second,
             **draws,
         )
-        if self.known is not None and self.carried:
-            table, mask = self.plan.inpainting, self.known.mask
+        if self._known is not None and self.carried:
+            table, mask, known = self._known
             affine_step(following, None, table, row, history=known, mask=mask, out=following, **draws)
         self.predictions = self.predictions[-1:] + self.predictions[:-1]
         self.carried = self.carried[-1:] + self.carried[:-1]

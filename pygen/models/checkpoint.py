@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
 from typing import Any
 
 import numpy as np
@@ -27,11 +25,11 @@ from pygen.diffusion.plan import PREDICTIONS
 from pygen.diffusion.schedules import SCHEDULES, make_schedule
 from pygen.files import CheckpointError as CheckpointError
 from pygen.files import refuse, replacing
+from pygen.models.fields import describe, matches
 from pygen.models.unet import UNet
 
 FORMAT = "pygen-model"
 VERSION = 1
-MAX_COUNT = 1_000_000  # no width, class or step count is larger; what is would exhaust the memory before it fails
 
 # A model class takes JSON values by keyword, keeps them in ``config``, and has ``sample_shape`` and ``num_classes``.
 MODELS: dict[str, type[UNet]] = {"UNet": UNet}
@@ -181,8 +179,8 @@ def _check_fields(file: Path, prefix: str, fields: Mapping[str, Any], hints: Map
     """Exactly the fields of ``hints``, each of its type."""
     _check_names(file, "field", {prefix + name: None for name in fields}, {prefix + name: None for name in hints})
     for name, hint in hints.items():
-        if not _matches(fields[name], hint):
-            refuse(file, f"{prefix}{name} must be {_describe(hint)}, got {reprlib.repr(fields[name])}")
+        if not matches(fields[name], hint):
+            refuse(file, f"{prefix}{name} must be {describe(hint)}, got {reprlib.repr(fields[name])}")
 
 
 def _check_names(file: Path, kind: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -192,31 +190,3 @@ def _check_names(file: Path, kind: str, found: Mapping[str, Any], expected: Mapp
     for name in found:
         if name not in expected:
             refuse(file, f"unknown {kind} {name!r}")
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether a JSON value fits a type hint. Every integer in a config is a count, and every number is finite."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is UnionType:
-        return any(_matches(value, argument) for argument in arguments)
-    if origin is tuple:
-        return type(value) is list and len(value) == len(arguments) and all(map(_matches, value, arguments))
-    if origin is Sequence:
-        return type(value) is list and all(_matches(item, arguments[0]) for item in value)
-    if hint is int:
-        return type(value) is int and 1 <= value <= MAX_COUNT
-    if hint is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is (origin or hint)
-
-
-def _describe(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is UnionType:
-        return " or ".join(map(_describe, arguments))
-    if origin is tuple:
-        return f"[{', '.join(map(_describe, arguments))}]"
-    if origin is Sequence:
-        return f"a list whose items are each {_describe(arguments[0])}"
-    names = {dict: "an object", str: "a string", bool: "true or false", float: "a finite number", NoneType: "null"}
-    return names.get(origin or hint, f"an integer from 1 to {MAX_COUNT}")

@@ -6,7 +6,7 @@ It runs eagerly over whole prompts and is recorded, one token per sequence, for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -117,6 +117,25 @@ class DecoderModel:
     head: Linear
     dtype: torch.dtype
     position_embedding: Tensor | None = None
+
+    def to(self, device: str | torch.device) -> DecoderModel:
+        """The same model with its weights on a device."""
+        moved: dict[int, Tensor] = {}  # by the tensors that they are of, some of which layers share
+
+        def visit(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                if id(part) not in moved:
+                    moved[id(part)] = part.to(device)
+                return moved[id(part)]
+            if is_dataclass(part) and not isinstance(part, type):
+                return replace(part, **{field.name: visit(getattr(part, field.name)) for field in fields(part)})
+            if isinstance(part, list | tuple):
+                items = map(visit, part)
+                return part._make(items) if hasattr(part, "_make") else type(part)(items)
+            return part
+
+        model: DecoderModel = visit(self)
+        return model
 
     def hidden(
         self,

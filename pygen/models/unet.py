@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
-    """(B,) times to (B, width): cosines and sines at wavelengths from 2 pi to 20000 pi steps, spaced geometrically."""
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000.0) / half))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+from pygen.models.layers import Conv2d, Linear, Upsample, attend, silu_of_norm
+from pygen.ops.timestep_embedding import timestep_embedding
 
 
 class ResBlock(nn.Module):
@@ -24,15 +18,15 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.scale_shift = nn.Linear(embedding_channels, 2 * out_channels)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.scale_shift = Linear(embedding_channels, 2 * out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         _zero(self.conv2)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(silu_of_norm(self.norm1, x))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
         return self.skip(x) + h
@@ -53,19 +47,8 @@ class SelfAttention(nn.Module):
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (batch, heads, pixels, channels of a head)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v)
         return x + self.out(h.transpose(-1, -2).reshape(x.shape))
-
-
-class Upsample(nn.Module):
-    """Nearest neighbours, twice the size, then a convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -142,9 +125,9 @@ class UNet(nn.Module):
         embedding_channels = 2 * channels[0]
         self.time_channels = channels[0]
         self.time_embedding = nn.Sequential(
-            nn.Linear(self.time_channels, embedding_channels),
+            Linear(self.time_channels, embedding_channels),
             nn.SiLU(),
-            nn.Linear(embedding_channels, embedding_channels),
+            Linear(embedding_channels, embedding_channels),
         )
         self.class_embedding = nn.Embedding(num_classes + 1, embedding_channels)
 
@@ -190,7 +173,7 @@ class UNet(nn.Module):
 
         x: (B, in_channels, H, W); t: (B,) times in training steps, integer or float; class_labels: (B,) int64.
         """
-        time = sinusoidal_embedding(t, self.time_channels).to(x.dtype)
+        time = timestep_embedding(t, self.time_channels).to(x.dtype)
         embedding = F.silu(self.time_embedding(time) + self.class_embedding(class_labels))
 
         h = self.conv_in(x)
@@ -201,7 +184,8 @@ class UNet(nn.Module):
         h = after(attention(before(h, embedding)), embedding)
         for level in self.up:
             h = level(h, skips, embedding)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        y: Tensor = self.conv_out(silu_of_norm(self.norm_out, h))
+        return y
 
 
 def _zero(layer: nn.Conv2d) -> None:

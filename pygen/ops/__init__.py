@@ -21,10 +21,12 @@ from pygen.ops import (
     row_norm,
     sample_gram,
     sample_token,
+    timestep_embedding,
     token_confidence,
     unmask_step,
     verify_draft,
     watermark_logits,
+    winograd_conv2d,
 )
 from pygen.ops.spec import SPECS, Example, OpSpec
 
@@ -52,8 +54,10 @@ __all__ = [
     "row_norm",
     "sample_gram",
     "sample_token",
+    "timestep_embedding",
     "token_confidence",
     "unmask_step",
     "verify_draft",
     "watermark_logits",
+    "winograd_conv2d",
 ]

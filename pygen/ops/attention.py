@@ -1,25 +1,35 @@
 """attention: softmax(q k^T scale + mask) v of many queries, as scaled_dot_product_attention (Vaswani et al. 2017).
 
 Computed a block of keys at a time with a running maximum (FlashAttention, Dao et al. 2022), the products by torch's
-blocked matrix product on packed keys and values.
+blocked matrix product on packed keys and values. Weights are dropped by numbers of Philox that belong to them
+(Srivastava et al. 2014), which the backward pass draws again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pygen import _C
 from pygen.ops.backend import triton_kernels, use_reference, use_triton
-from pygen.ops.spec import Example, OpSpec, tensor_bytes
+from pygen.ops.philox_normal import philox_words
+from pygen.ops.spec import Example, OpSpec, index_tensor, tensor_bytes
 
 _BACKENDS = ("reference", "cpu", "triton")
-# mask, lengths, causal, window, scale
-Settings = tuple[Tensor | None, Tensor | None, bool, int | None, float | None]
+_WORD = 0xFFFFFFFF
+# mask, lengths, causal, window, scale, dropout_p, seed, step, sample_ids
+Settings = tuple[
+    Tensor | None, Tensor | None, bool, int | None, float | None, float, Tensor | None, Tensor | None, Tensor | None
+]  # fmt: skip
+
+
+MOST_HEAD_DIM = {"cpu": 512, "cuda": 256}
+MOST_WITH_DROPOUT = {"heads": 1 << 12, "queries": 1 << 24, "keys": 8 << 24}  # whose weights have numbers of their own
 
 
 def attention(
@@ -32,6 +42,10 @@ def attention(
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attention of q over k and v; layouts and terms are scaled_dot_product_attention's. Differentiable in q, k and v.
@@ -41,8 +55,8 @@ def attention(
     torch.autocast q, k and v become its dtype, as torch's do.
 
     Args:
-        q: (batch, heads, queries, head_dim), float32, bfloat16 or float16, of any strides; head_dim up to 256; heads a
-            multiple of kv_heads: query head h reads kv head h // (heads // kv_heads).
+        q: (batch, heads, queries, head_dim), float32, bfloat16 or float16, of any strides; head_dim up to 512, on
+            a GPU 256; heads a multiple of kv_heads: query head h reads kv head h // (heads // kv_heads).
         k, v: (batch, kv_heads, keys, head_dim), in q's dtype, of any strides.
         mask: broadcast to (batch, heads, queries, keys): bool, True where a key is seen; or float32 or q's dtype, added
             to the scores.
@@ -50,6 +64,13 @@ def attention(
         causal: query i sees the keys up to i.
         window: and of those, or of all, the ones less than so far from i.
         scale: of q k^T; 1 / sqrt(head_dim) where left out.
+        dropout_p: the share of the weights that become 0, rounded to a multiple of 1/65536; the others are divided by
+            the share that is kept. Whether a weight is kept depends on the seed, step and id of its sample, its head,
+            query and key, and on nothing else; the backward pass draws it again.
+        seed: of Philox, one, or int64 (batch,). Where left out, torch's default generator of the device makes one at
+            each call, so that ``torch.manual_seed`` decides.
+        step: a counter, one, or int64 (batch,): another one drops other weights.
+        sample_ids: int64 (batch,), taken modulo 2^32; 0, 1, 2, ... where left out.
         out: q's shape and dtype, receives the result, and nothing is recorded for autograd; new where left out.
 
     Returns:
@@ -58,7 +79,13 @@ def attention(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    settings: Settings = (mask, lengths, causal, window, scale)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"attention: dropout_p must lie in [0, 1], got {dropout_p}")
+    draw: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if dropout_p:
+        seed = torch.randint(2**63 - 1, (1,), device=q.device) if seed is None else index_tensor(seed, q.device)
+        draw = (seed, index_tensor(step, q.device), sample_ids)
+    settings: Settings = (mask, lengths, causal, window, scale, dropout_p, *draw)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in (q, k, v))
@@ -76,8 +103,8 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(q)
         logsumexp = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         attention_forward(q, k, v, *settings, out=out, logsumexp=logsumexp)
-        mask, lengths, *ctx.rest = settings
-        ctx.save_for_backward(q, k, v, out, logsumexp, mask, lengths)
+        mask, lengths, *ctx.rest, seed, step, sample_ids = settings
+        ctx.save_for_backward(q, k, v, out, logsumexp, mask, lengths, seed, step, sample_ids)
         return out
 
     @staticmethod
@@ -85,8 +112,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         gradients = tuple(torch.empty_like(tensor) for tensor in saved[:3])
-        attention_backward(grad, *saved, *ctx.rest, *gradients)
-        return *gradients, *(None,) * (2 + len(ctx.rest))
+        attention_backward(grad, *saved[:7], *ctx.rest, *saved[7:], *gradients)
+        return *gradients, *(None,) * (5 + len(ctx.rest))
 
 
 def attention_forward(
@@ -98,6 +125,10 @@ def attention_forward(
     causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+    sample_ids: Tensor | None = None,
     *,
     out: Tensor,
     logsumexp: Tensor | None = None,
@@ -106,7 +137,7 @@ def attention_forward(
 
     logsumexp: float32 (batch, heads, queries), contiguous; -inf where a query sees no key.
     """
-    settings: Settings = (mask, lengths, causal, window, scale)
+    settings: Settings = (mask, lengths, causal, window, scale, dropout_p, seed, step, sample_ids)
     if use_reference("attention", _BACKENDS, q.device):
         for tensor, result in zip((out, logsumexp), attention_reference(q, k, v, *settings), strict=True):
             if tensor is not None:
@@ -129,6 +160,10 @@ def attention_backward(
     causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample_ids: Tensor | None,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
@@ -137,7 +172,8 @@ def attention_backward(
 
     ``out`` and ``logsumexp`` are those of ``attention_forward``. Deterministic. Returns ``grad_q``.
     """
-    arguments = (grad, q, k, v, out, logsumexp, mask, lengths, causal, window, scale)
+    draw = (dropout_p, seed, step, sample_ids)
+    arguments = (grad, q, k, v, out, logsumexp, mask, lengths, causal, window, scale, *draw)
     if use_reference("attention_backward", _BACKENDS, q.device):
         for tensor, result in zip((grad_q, grad_k, grad_v), attention_backward_reference(*arguments), strict=True):
             tensor.copy_(result)
@@ -156,10 +192,15 @@ def attention_reference(
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+    sample_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The result, and logsumexp; in float32 or better, but for bfloat16's weights."""
     _, _, v_seen, scores = _scores(q, k, v, mask, lengths, causal, window, scale)
     weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0, scores.softmax(-1))
+    weights = _dropout(weights, dropout_p, seed, step, sample_ids)
     return (_rounded(weights, q.dtype) @ v_seen).to(q.dtype), scores.logsumexp(-1)
 
 
@@ -175,6 +216,10 @@ def attention_backward_reference(
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+    sample_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; in float32 or better, but for bfloat16's weights and their gradients."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -182,7 +227,9 @@ def attention_backward_reference(
     grad = grad.to(scores.dtype)
     delta = (grad * out.to(scores.dtype)).sum(-1, keepdim=True)
     weights = torch.where(scores == -math.inf, 0, (scores - logsumexp.to(scores.dtype)[..., None]).exp())
-    slopes = torch.where(scores == -math.inf, 0, weights * (grad @ v_seen.mT - delta))
+    draw = (dropout_p, seed, step, sample_ids)
+    slopes = torch.where(scores == -math.inf, 0, weights * (_dropout(grad @ v_seen.mT, *draw) - delta))
+    weights = _dropout(weights, *draw)
     weights, slopes = _rounded(weights, q.dtype), _rounded(slopes, q.dtype)
 
     def of_group(gradient: Tensor) -> Tensor:
@@ -224,6 +271,33 @@ def _scores(
     return q, k, v, torch.where(seen, scores, -math.inf)
 
 
+def _dropout(weights: Tensor, p: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None) -> Tensor:
+    """(batch, heads, queries, keys): 0 where a weight's number is among the first p of 2^16, the others by their share
+    more."""
+    dropped = round(p * 65536)
+    if not dropped:
+        return weights
+    kept = dropout_numbers(weights.shape, seed, step, sample_ids) >= dropped
+    return torch.where(kept, weights / (1 - dropped / 65536), 0) if dropped < 65536 else torch.zeros_like(weights)
+
+
+def dropout_numbers(size: Sequence[int], seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None) -> Tensor:
+    """A number of 16 bits for each weight: eight keys of a query share a block of Philox, and its four words."""
+    assert seed is not None
+    (batch, _, _, keys), device = size, seed.device
+    head, query, eight = torch.meshgrid(
+        *(torch.arange(n, device=device) for n in (*size[1:3], (keys + 7) // 8)), indexing="ij"
+    )
+    block, draw = query << 24 | eight, _C.DRAW_DROPOUT | head
+    samples = torch.arange(batch, device=device) if sample_ids is None else sample_ids
+    seed, steps, samples = (
+        number.reshape(-1, 1, 1, 1) for number in (seed, torch.zeros_like(seed) if step is None else step, samples)
+    )
+    counter = (block & _WORD, block >> 32 | draw << 16, steps & _WORD, samples & _WORD)
+    words = philox_words(torch.broadcast_tensors(*counter), seed)
+    return torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1).flatten(3)[..., :keys]
+
+
 def _rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:
     """What a product of bfloat16 takes."""
     return weights.to(dtype).to(weights.dtype) if dtype == torch.bfloat16 else weights
@@ -252,13 +326,18 @@ def _triton(
     causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample_ids: Tensor | None,
     out: Tensor,
     logsumexp: Tensor | None,
 ) -> None:
     _check(q, k, v, mask, lengths, window, out)
     if not q.numel():
         return
-    how = _for_triton(q, k, mask, lengths, causal, window, scale)
+    dropout = _dropout_for_triton(q, k, dropout_p, seed, step, sample_ids)
+    how = (*_for_triton(q, k, mask, lengths, causal, window, scale), dropout)
     with torch.cuda.device_of(q):
         triton_kernels("attention").launch(q, k, v, *how, out, logsumexp)
 
@@ -275,6 +354,10 @@ def _triton_backward(
     causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample_ids: Tensor | None,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
@@ -282,8 +365,9 @@ def _triton_backward(
     _check(q, k, v, mask, lengths, window, out, grad, grad_q)
     if not q.shape[0]:
         return
-    how, delta = _for_triton(q, k, mask, lengths, causal, window, scale), torch.empty_like(logsumexp)
-    gradients = (grad_q, grad_k, grad_v)
+    dropout = _dropout_for_triton(q, k, dropout_p, seed, step, sample_ids)
+    how = (*_for_triton(q, k, mask, lengths, causal, window, scale), dropout)
+    gradients, delta = (grad_q, grad_k, grad_v), torch.empty_like(logsumexp)
     with torch.cuda.device_of(q):
         triton_kernels("attention_backward").launch(grad, q, k, v, out, logsumexp, delta, *how, *gradients)
 
@@ -300,14 +384,39 @@ def _for_triton(
     causal: bool,
     window: int | None,
     scale: float | None,
-) -> tuple[Tensor | None, Tensor | None, tuple[int, int], float]:
-    """mask and lengths, how far before and behind a query sees, and the scale."""
+) -> tuple[Tensor | None, Tensor | None, tuple[int, int], float, str]:
+    """mask and lengths, how far before and behind a query sees, the scale, and which tiles are taken."""
     band = triton_kernels("attention").BAND
     before = band if window is None else min(window - 1, band)
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return mask, None if lengths is None else lengths.contiguous(), (before, 0 if causal else before), scale
+    groups = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    lengths = None if lengths is None else lengths.contiguous()
+    return mask, lengths, (before, 0 if causal else before), scale, "warpgroup" if groups else "warp"
+
+
+def _dropout_for_triton(
+    q: Tensor, k: Tensor, p: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None
+) -> Any:
+    """What weights are dropped by, if some are; checked."""
+    dropped = round(p * 65536)
+    if not dropped:
+        return None
+    if seed is None:
+        raise ValueError("attention: dropout needs a seed")
+    for (name, most), got in zip(MOST_WITH_DROPOUT.items(), (*q.shape[1:3], k.shape[2]), strict=True):
+        if got > most:
+            raise ValueError(f"attention: dropout takes up to {most} {name}, got {got}")
+    for name, numbers in (("seed", seed), ("step", step), ("sample_ids", sample_ids)):
+        if numbers is None:
+            continue
+        if numbers.dtype != torch.int64 or numbers.device != q.device or numbers.shape not in ((), (1,), q.shape[:1]):
+            raise ValueError(
+                f"attention: {name} must be int64 ({q.shape[0]},) on {q.device}, or hold one number, got "
+                f"{numbers.dtype} {list(numbers.shape)} on {numbers.device}"
+            )
+    return triton_kernels("attention").dropout_of(_C.DRAW_DROPOUT, dropped, q.shape[0], seed, step, sample_ids)
 
 
 def _check(
@@ -326,8 +435,8 @@ def _check(
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"attention: q must be float32, bfloat16 or float16, got {q.dtype}")
     (batch, heads, _, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
-    if not 1 <= head_dim <= 256:
-        raise ValueError(f"attention: head_dim must be 1 to 256, got {head_dim}")
+    if not 1 <= head_dim <= MOST_HEAD_DIM["cuda"]:
+        raise ValueError(f"attention: head_dim must be 1 to {MOST_HEAD_DIM['cuda']}, got {head_dim}")
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"attention: q has {heads} heads, not a multiple of k's {kv_heads}")
     of_keys, of_queries = (batch, kv_heads, keys, head_dim), tuple(q.shape)
@@ -362,10 +471,11 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         return torch.randn(size, generator=generator).to(to)
 
     def called(name: str, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Example:
-        defaults = {"mask": None, "lengths": None, "causal": False, "window": None, "scale": None}
+        defaults = {"mask": None, "lengths": None, "causal": False, "window": None, "scale": None, "dropout_p": 0.0}
+        defaults |= dict.fromkeys(("seed", "step", "sample_ids"))
         out, logsumexp = torch.full_like(q, math.nan), torch.full(q.shape[:3], math.nan)
         arguments = {"q": q, "k": k, "v": v} | defaults | more
-        return Example(name, arguments | {"out": out, "logsumexp": logsumexp}, library=True)
+        return Example(name, arguments | {"out": out, "logsumexp": logsumexp}, own_bits=True)
 
     def example(
         name: str,
@@ -379,6 +489,31 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     ) -> Example:
         k, v = (draw(batch, kv_heads, keys, head_dim) for _ in range(2))
         return called(name, draw(batch, heads, queries, head_dim), k, v, **more)
+
+    def dropouts(seed: Tensor) -> Iterator[Example]:
+        for head_dim in (1, 16, 33, 64, 160, 256):
+            yield example("dropout, every head_dim", 20, 37, head_dim, dropout_p=0.1, seed=seed)
+        for p in (1e-6, 0.001, 0.5, 0.99, 1.0):
+            yield example("dropout, every share", 40, 50, dropout_p=p, seed=seed)
+        few: dict[str, Any] = {"heads": 1, "kv_heads": 1, "batch": 1, "head_dim": 16, "seed": seed}
+        for queries, keys in ((1, 1), (1, 300), (17, 7), (65, 129), (300, 8), (270, 530)):
+            yield example("dropout, every length", queries, keys, dropout_p=0.2, **few)
+        yield example("dropout, blocks of keys", 20, 600, dropout_p=0.3, **few)
+        yield example("dropout, blocks of queries", 600, 20, dropout_p=0.3, **few)
+        yield example("dropout, causal", 65, 70, causal=True, dropout_p=0.3, seed=seed)
+        yield example("dropout, window", 60, 70, window=20, dropout_p=0.3, seed=seed)
+        yield example("dropout, causal window", 50, 70, window=9, causal=True, dropout_p=0.3, seed=seed)
+        yield example("dropout, lengths", 30, 70, lengths=torch.tensor([70, 35]), dropout_p=0.3, seed=seed)
+        yield example("dropout, no keys of one", 20, 30, lengths=torch.tensor([0, 30]), dropout_p=0.3, seed=seed)
+        yield example("dropout, groups", 40, 50, heads=6, kv_heads=2, head_dim=16, dropout_p=0.3, seed=-seed)
+        small = torch.rand(2, 2, 20, 40, generator=generator)
+        for name, mask in (("bool mask", small > 0.3), ("mask", small.log())):
+            yield example(f"dropout, {name}", 20, 40, 16, mask=mask, dropout_p=0.3, seed=seed)
+        yield example(
+            "dropout, samples of their own", 40, 50, dropout_p=0.3, seed=torch.tensor([4, -1]),
+            step=torch.tensor([3, 9]), sample_ids=torch.tensor([2**32 - 1, 7]),
+        )  # fmt: skip
+        yield example("dropout, a step", 40, 50, dropout_p=0.3, seed=seed, step=torch.tensor([5]))
 
     for head_dim in (1, 2, 3, 15, 16, 17, 31, 33, 40, 64, 72, 80, 96, 127, 128, 160, 256):
         yield example("every head_dim", 70, 77, head_dim)
@@ -400,6 +535,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     for name, mask in masks.items():
         yield example(name, 70, 150, mask=mask)
         yield example(f"{name}, causal", 70, 150, mask=mask, causal=True)
+    yield from dropouts(torch.tensor([0x0123456789ABCDEF]))
     yield example("scale", 40, 50, scale=0.7)
     yield example("no keys", 5, 0)
     yield example("no keys of one", 20, 30, lengths=torch.tensor([0, 30]))
@@ -438,9 +574,10 @@ def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
     ):  # fmt: skip
         q = torch.randn(batch, heads, queries, head_dim).to(dtype)
         k, v = (torch.randn(batch, heads, keys, head_dim).to(dtype) for _ in range(2))
-        settings = {"mask": None, "lengths": None, "causal": False, "window": None, "scale": None}
+        settings = {"mask": None, "lengths": None, "causal": False, "window": None, "scale": None, "dropout_p": 0.0}
+        settings |= dict.fromkeys(("seed", "step", "sample_ids"))
         name = f"{batch} x {heads}, {queries} over {keys}, {head_dim}"
-        yield Example(name, {"q": q, "k": k, "v": v} | settings | {"out": torch.empty_like(q)}, library=True)
+        yield Example(name, {"q": q, "k": k, "v": v} | settings | {"out": torch.empty_like(q)}, own_bits=True)
 
 
 SPEC = OpSpec(
@@ -469,7 +606,7 @@ def _backward_of(examples: Iterator[Example]) -> Iterator[Example]:
         grad.copy_(torch.randn(grad.shape, generator=generator))
         gradients = {f"grad_{name}": torch.full_like(arguments[name], math.nan) for name in ("q", "k", "v")}
         given = {"grad": grad} | arguments | {"out": out, "logsumexp": logsumexp.float()} | gradients
-        yield Example(example.name, given, library=True)
+        yield Example(example.name, given, own_bits=True)
 
 
 BACKWARD_SPEC = OpSpec(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -33,6 +34,11 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def reference_is_asked_for() -> bool:
+    """By ``backend``: then layers run as plain PyTorch too."""
+    return _forced == "reference"
 
 
 def use_reference(op: str, backends: tuple[str, ...], device: torch.device) -> bool:
@@ -70,6 +76,7 @@ def use_triton(op: str, device: torch.device) -> bool:
     return True
 
 
+@cache
 def triton_kernels(op: str) -> Any:
     """The module of an op's Triton kernels. Triton is imported here and nowhere before."""
     if find_spec("triton") is None:

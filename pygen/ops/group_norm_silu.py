@@ -232,7 +232,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         weight, bias = (tensor(x.shape[1]).to(like) for _ in range(2))
         out = torch.full_like(x, math.nan)
         arguments = {"x": x, "weight": weight, "bias": bias, "groups": groups, "eps": 1e-5, "out": out}
-        return Example(name, arguments | more)
+        return Example(name, arguments | more, own_bits=dtype == torch.bfloat16)
 
     def channels_last(x: Tensor) -> Tensor:
         return x.to(dtype).to(memory_format=torch.channels_last)

@@ -162,7 +162,7 @@ def _example(name: str, x: Tensor, weight: PackedLinear, **more: Any) -> Example
     arguments["blocked"] = False
     rows = more["experts"].numel() if "experts" in more else x.shape[0]
     out = torch.full((rows, weight.outputs), math.nan, dtype=more.pop("to", x.dtype))
-    return Example(name, arguments | {"out": out} | more, library=more.get("blocked", False))
+    return Example(name, arguments | {"out": out} | more, own_bits=more.get("blocked", False))
 
 
 def _weights(

@@ -1,4 +1,5 @@
-"""rope: rotary position embedding (Su et al. 2021), by a table of cosines and sines.
+"""rope: rotary position embedding (Su et al. 2021), by a table of cosines and sines; after an RMSNorm over each head
+(QK-norm, Henry et al. 2020) where there is one.
 
 Element pairs (a, b) of a head at position p are turned by the angles p * inv_freq:
 
@@ -16,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pygen.ops.backend import use_reference
+from pygen.ops.row_norm import row_norm_backward, with_rows
 from pygen.ops.spec import Example, OpSpec, tensor_bytes
 
 _BACKENDS = ("reference", "cpu", "cuda")
@@ -30,11 +33,13 @@ def rope(
     *,
     interleaved: bool = False,
     inverse: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
     out: Tensor | None = None,
 ) -> Tensor:
     """x with the first 2 * pairs elements of every head turned by its token's position; the others as they are.
 
-    Differentiable with respect to ``x``, any number of times.
+    Differentiable with respect to ``x``, any number of times; with a norm once, and with respect to that too.
 
     Args:
         x: (batch, heads, length, head_dim), float32, bfloat16 or float16, contiguous in head_dim, of up to 1024;
@@ -44,6 +49,8 @@ def rope(
         table: float32 (positions, 2, pairs), as ``rope_table`` makes it.
         interleaved: pairs are neighbours, as in GPT-J; else elements i and pairs + i, as in Llama and GPT-NeoX.
         inverse: turn by the negative angles, as the backward pass does.
+        norm: (head_dim,), the weights of an RMSNorm over every head before that, in x's dtype or float32.
+        eps: of the norm.
         out: receives the result; may be x itself. Where it is given, nothing is recorded for autograd.
 
     Returns:
@@ -53,13 +60,16 @@ def rope(
         ValueError, TypeError, IndexError: naming the argument.
     """
     if out is None:
-        if x.requires_grad and torch.is_grad_enabled():
-            turned: Tensor = _Rope.apply(x, positions, table, interleaved, inverse)
+        learns = x.requires_grad or (norm is not None and norm.requires_grad)
+        if learns and torch.is_grad_enabled():
+            given = (x, positions, table, interleaved, inverse)
+            turned: Tensor = _Rope.apply(*given) if norm is None else _NormedRope.apply(*given, norm, eps)
             return turned
         out = torch.empty_like(x)
     if use_reference("rope", _BACKENDS, x.device):
-        return out.copy_(rope_reference(x, positions, table, interleaved=interleaved, inverse=inverse))
-    _kernel(x, positions, table, interleaved, inverse, out)
+        kind: dict[str, Any] = {"interleaved": interleaved, "inverse": inverse, "norm": norm, "eps": eps}
+        return out.copy_(rope_reference(x, positions, table, **kind))
+    _kernel(x, positions, table, interleaved, inverse, norm, eps, out)
     return out
 
 
@@ -84,20 +94,58 @@ class _Rope(torch.autograd.Function):
         )
 
 
+class _NormedRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        interleaved: bool,
+        inverse: bool,
+        norm: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, positions, table, norm)
+        ctx.interleaved, ctx.inverse, ctx.eps = interleaved, inverse, eps
+        return rope(x, positions, table, interleaved=interleaved, inverse=inverse, norm=norm, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, positions, table, norm = ctx.saved_tensors
+        of_normed = rope(with_rows(grad), positions, table, interleaved=ctx.interleaved, inverse=not ctx.inverse)
+        grad_x, grad_norm = (
+            torch.empty_like(of) if wanted else None
+            for of, wanted in ((x, ctx.needs_input_grad[0]), (norm, ctx.needs_input_grad[5]))
+        )
+        row_norm_backward(x, of_normed, norm, ctx.eps, 0.0, False, None, grad_x, grad_norm, None)
+        return grad_x, None, None, None, None, grad_norm, None
+
+
 def rope_reference(
-    x: Tensor, positions: Tensor, table: Tensor, *, interleaved: bool = False, inverse: bool = False
+    x: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
     rows = table.to(compute)[token_positions(positions, x.shape[0], x.shape[2])]
     cosine, sine = rows[:, None].unbind(-2)
     if inverse:
         sine = -sine
-    pairs = table.shape[2]
-    turned, rest = x[..., : 2 * pairs].to(compute), x[..., 2 * pairs :]
+    y, pairs = x.to(compute), table.shape[2]
+    if norm is not None:
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm.to(compute)
+    turned, rest = y[..., : 2 * pairs], y[..., 2 * pairs :]
     a, b = turned.unflatten(-1, (pairs, 2)).unbind(-1) if interleaved else turned.chunk(2, dim=-1)
     results = (a * cosine - b * sine, a * sine + b * cosine)
     turned = torch.stack(results, dim=-1).flatten(-2) if interleaved else torch.cat(results, dim=-1)
-    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+    return torch.cat((turned, rest), dim=-1).to(x.dtype)
 
 
 def token_positions(positions: Tensor, batch: int, length: int) -> Tensor:
@@ -274,6 +322,8 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
             "table": table,
             "interleaved": False,
             "inverse": False,
+            "norm": None,
+            "eps": 1e-6,
         }
         return Example(name, arguments | {"out": torch.full_like(x, math.nan)} | more)
 
@@ -290,6 +340,11 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         yield example("head_dim 1024", tensor(1, 1, 3, 1024), [4, 3, 2], **kind)
         x = tensor(2, 4, 3, 32)
         yield example("in place", x, [[0], [5]], out=x, **kind)
+        for head_dim in (2, 3, 16, 18, 33, 64, 80, 128, 258, 1024):
+            x, norm = tensor(1, 3, 18, head_dim), tensor(head_dim)
+            yield example("normed", x, list(range(18)), norm=norm, eps=1e-5, **kind)
+        x, norm = tensor(2, 5, 9, 40).transpose(1, 2), torch.randn(40, generator=generator)
+        yield example("normed in place, in part", x, [0, 3, 1, 2, 4], 8, norm=norm, out=x, **kind)
     yield example("rows differ", tensor(3, 2, 2, 64), [[0, 1], [48, 49], [3, 3]])
     yield example("count on", tensor(3, 2, 20, 64), [[0], [30], [3]])
     yield example("count on, one for all", tensor(3, 2, 20, 64), 11)
@@ -307,6 +362,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     special[0, 0, :, 3], special[0, 1, :, 17], special[1, 2, 0, 0] = math.nan, math.inf, -math.inf
     yield example("NaN and Inf", special, [5, 6, 7, 8])
     yield example("NaN and Inf, partial", special, [5, 6, 7, 8], 8)
+    yield example("NaN and Inf, normed", special, [5, 6, 7, 8], 8, norm=tensor(32))
     yield example("empty batch", tensor(0, 3, 4, 32), [5, 6, 7, 8])
 
 
@@ -316,7 +372,9 @@ def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
     for name, batch, length in (("a token", 1, 1), ("a token, batch 64", 64, 1), ("a prompt", 1, 4096)):
         x = torch.randn(batch, length, 32, 128).to(dtype).transpose(1, 2)
         positions = torch.full((batch, 1), 1000)
-        yield Example(name, {"x": x, "positions": positions, "table": table, "out": torch.empty_like(x)})
+        given = {"x": x, "positions": positions, "table": table, "out": torch.empty_like(x)}
+        yield Example(name, given)
+        yield Example(f"{name}, normed", given | {"norm": torch.randn(128).to(dtype)})
 
 
 def _bytes_moved(example: Example) -> int:

@@ -16,12 +16,13 @@ SPECS: dict[str, OpSpec] = {}
 class Example:
     """Keyword arguments for an op's public function, the tensors it writes included.
 
-    library: whether a library's matrix product has a part in it, which has bits of its own on each machine.
+    own_bits: whether each instruction set has bits of its own: where a library's matrix product has a part in it, or
+        where what becomes bfloat16 is computed to no more than that.
     """
 
     name: str
     arguments: dict[str, Any]
-    library: bool = False
+    own_bits: bool = False
 
 
 @dataclass(frozen=True)

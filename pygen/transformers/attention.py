@@ -23,9 +23,8 @@ def implementation(target: Any) -> Iterator[Replacement | Left]:
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     present = target.config._attn_implementation
-    drops = [name for name in ("attention_dropout", "attn_pdrop") if getattr(target.config, name, 0.0)]
-    if drops:
-        yield Left("attention", f"its configuration has {drops[0]}")
+    if getattr(target.config, "attn_logit_softcapping", None):
+        yield Left("attention", "its configuration has attn_logit_softcapping")
     elif present == "sdpa":
         yield Replacement(target.config, "_attn_implementation", NAME, "attention")
     elif present != NAME:
@@ -53,18 +52,18 @@ def attention_forward(
     for name in ("softcap", "position_bias", "s_aux", "cache"):
         if given.get(name) is not None:
             raise ValueError(f"pygen's attention does not take {name}: set_attn_implementation('eager')")
-    if dropout:
-        raise ValueError(f"pygen's attention has no dropout, got {dropout}: set attention_dropout to 0")
     queries = query.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = queries > 1 and attention_mask is None and is_causal
     learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if queries == 1 and attention_mask is None and not learns:  # keys and values are read once, and not packed
+    if (
+        queries == 1 and attention_mask is None and not (learns or dropout)
+    ):  # keys and values are read once, and not packed
         lengths = torch.full((query.shape[0],), key.shape[2], dtype=torch.int64, device=query.device)
         y = decode_attention(query, key, value, lengths, scale=scaling)
     else:
         if causal:
             key, value = key[:, :, :queries], value[:, :, :queries]
-        y = attention(query, key, value, mask=attention_mask, causal=causal, scale=scaling)
+        y = attention(query, key, value, mask=attention_mask, causal=causal, scale=scaling, dropout_p=dropout)
     return y.transpose(1, 2).contiguous(), None

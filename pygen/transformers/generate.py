@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from pygen.autoregressive.checkpoints import build, check_packing, read_plan
 from pygen.autoregressive.decode import Decoder
 from pygen.autoregressive.request import Request
 from pygen.files import CheckpointError, refuse
+from pygen.models.decoder import QUERIES
 from pygen.ops.packed_linear import WeightFormat
 from pygen.patch import Left, Replacement
 
@@ -38,7 +39,7 @@ _SHARES = ("top_p", "typical_p")  # of which transformers takes 1 and more for a
 _DONE = {
     "inputs", "input_ids", "attention_mask", "generation_config", "streamer", "max_length", "max_new_tokens",
     "do_sample", *_SAMPLING, "repetition_penalty", "num_return_sequences", "eos_token_id", "pad_token_id",
-    "bos_token_id", "num_beams", "length_penalty", "early_stopping",
+    "bos_token_id", "num_beams", "length_penalty", "early_stopping", "assistant_model", "prompt_lookup_num_tokens",
 }  # fmt: skip
 # ... what changes nothing, or nothing without a setting that is not done, ...
 _IDLE = {
@@ -74,7 +75,7 @@ class _Parameters:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._tensors:
             refuse(self.path, f"missing tensor {name!r}")
-        return self._tensors[name].to(dtype)
+        return self._tensors[name].to("cpu", dtype)
 
     def release(self, name: str) -> None:
         pass
@@ -86,13 +87,14 @@ class _Parameters:
 def _state(model: Any) -> list[tuple[Any, ...]]:
     """What changes when the parameters do: where each lies, how often it was written, and a few of its bytes.
 
-    The bytes see what the version does not: writes through ``.data``, and to tensors of inference mode, without one.
+    The bytes, of a CPU's, see what the version does not: writes through ``.data``, and to tensors of inference mode,
+    without one.
     """
     state = []
     for parameter in model.parameters():
         tensor = parameter.detach()
         few: list[int] = []
-        if tensor.device.type == "cpu":  # others are refused
+        if tensor.device.type == "cpu":  # a GPU would be waited for
             few = tensor.flatten()[:: max(1, tensor.numel() // 8)].contiguous().view(torch.uint8).tolist()
         version = None if parameter.is_inference() else parameter._version
         state.append((tensor.device, tensor.dtype, tensor.data_ptr(), version, *few))
@@ -120,6 +122,8 @@ class Generate:
         self._lock = threading.RLock()  # a streamer may call generate
         self._decoder: Decoder | None = None
         self._packed: list[tuple[Any, ...]] = []
+        self._assistant: Generate | None = None  # the last
+        self._drafting: tuple[tuple[Any, ...], Decoder] | None = None  # of decoder, draft and draft_tokens
         functools.update_wrapper(self, self._theirs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -130,7 +134,9 @@ class Generate:
         given |= given.pop("kwargs", {})
         try:
             self._check(given)
-            given["custom_generate"] = functools.partial(self._decode, given.pop("streamer", None))
+            given["custom_generate"] = functools.partial(
+                self._decode, given.pop("streamer", None), given.pop("assistant_model", None)
+            )
             return self._theirs(**given)
         except _NotDone as what:
             warnings.warn(f"generate runs as transformers' own, without pygen: {what} is not supported", stacklevel=2)
@@ -144,17 +150,47 @@ class Generate:
         """
         state = _state(self._model)
         if self._decoder is None or state != self._packed:
-            self._decoder = None  # its memory is free before the next one's is taken
+            self._decoder = self._drafting = None  # their memory is free before the next one's is taken
             self._decoder, self._packed = self._pack(), state
         return self._decoder
+
+    def _drafted(self, assistant: Any, config: Any) -> Decoder:
+        """The decoder; or where drafts are asked for, one of the same model that has them."""
+        decoder, count = self.decoder(), config.prompt_lookup_num_tokens
+        draft: Decoder | Literal["prompt"] = "prompt"
+        if count is None:
+            if assistant is None:
+                return decoder
+            draft, count = self._draft_of(assistant), assistant.generation_config.num_assistant_tokens or 4
+        parts = (decoder, draft, min(count, QUERIES - 1))
+        if self._drafting is None or any(a is not b for a, b in zip(self._drafting[0], parts, strict=True)):
+            self._drafting = None
+            try:
+                drafting = Decoder(
+                    decoder.model, cache_tokens=decoder.cache_tokens, draft=draft, draft_tokens=parts[-1]
+                )
+            except ValueError as error:
+                raise _NotDone(f"assistant_model ({error})") from None
+            self._drafting = (parts, drafting)
+        return self._drafting[1]
+
+    def _draft_of(self, assistant: Any) -> Decoder:
+        if self._assistant is None or self._assistant._model is not assistant:
+            own = getattr(assistant, "generate", None)
+            self._assistant = own if isinstance(own, Generate) else Generate(assistant, *self._options)
+        try:
+            return self._assistant.decoder()
+        except CheckpointError as error:
+            raise _NotDone(f"assistant_model ({error})") from None
 
     def _pack(self) -> Decoder:
         weights, group, cache_tokens = self._options
         files = _Parameters(self._model)
         plan = read_plan(files.path, files.config)
+        devices = {parameter.device for parameter in self._model.parameters()}
+        if len(devices) > 1 or not all(device.type in ("cpu", "cuda") for device in devices):
+            refuse(files.path, f"parameters must be on the CPU or a GPU, got {', '.join(map(str, devices))}")
         for parameter in self._model.parameters():
-            if parameter.device.type != "cpu":
-                refuse(files.path, f"parameters must be on the CPU, got {parameter.device}")
             if weights is None and parameter.dtype not in _DTYPES:
                 refuse(files.path, f"parameters must be float32 or bfloat16 without weights=, got {parameter.dtype}")
         dtypes = {parameter.dtype for parameter in self._model.parameters()}
@@ -164,7 +200,8 @@ class Generate:
         if plan.tied and head.data_ptr() != self._model.get_input_embeddings().weight.data_ptr():
             refuse(files.path, "config: tie_word_embeddings is true, and the head has weights of its own")
         model = build(files, plan, weights or _DTYPES[dtypes.pop()], group)
-        return Decoder(model, cache_tokens=cache_tokens or max(CACHE_TOKENS, model.config.positions))
+        cache_tokens = cache_tokens or max(CACHE_TOKENS, model.config.positions)
+        return Decoder(model.to(devices.pop()), cache_tokens=cache_tokens)
 
     def _check(self, given: dict[str, Any]) -> None:
         """That nothing is asked for, by the call or by either configuration, that ``_decode`` would leave out."""
@@ -183,6 +220,7 @@ class Generate:
     def _decode(
         self,
         streamer: Any,
+        assistant: Any,
         model: Any,
         input_ids: Tensor,
         logits_processor: Any,
@@ -219,11 +257,11 @@ class Generate:
             return self._search(input_ids, rows, new, stops, pad, generation_config)
         columns = []
         with self._lock:
-            decoder = self.decoder()
+            decoder = self._drafted(assistant, generation_config)
             if max(map(len, rows)) + new > decoder.model.config.positions:
                 raise _NotDone(f"a length of more than {decoder.model.config.positions} positions")
             if streamer is not None:
-                streamer.put(input_ids)
+                streamer.put(input_ids.cpu())
             with closing(_columns(decoder, rows, new, pad, stop_tokens=stops, **sampling)) as generated:
                 for column in generated:
                     columns.append(column)
@@ -231,7 +269,7 @@ class Generate:
                         streamer.put(column)
         if streamer is not None:
             streamer.end()
-        return torch.cat([input_ids, torch.stack(columns, dim=1)], dim=1)
+        return torch.cat([input_ids, torch.stack(columns, dim=1).to(input_ids.device)], dim=1)
 
     def _search(
         self, input_ids: Tensor, rows: list[list[int]], new: int, stops: list[int], pad: int, config: Any
@@ -250,7 +288,7 @@ class Generate:
                     best = beam_search(session, new, beams, stops, penalty, config.early_stopping or False)
                 found += [torch.tensor(beam.tokens) for beam in best[:kept]]
         tokens = pad_sequence(found, batch_first=True, padding_value=pad or (stops or [0])[0])
-        return torch.cat([input_ids[::beams].repeat_interleave(kept, dim=0), tokens], dim=1)
+        return torch.cat([input_ids[::beams].repeat_interleave(kept, dim=0), tokens.to(input_ids.device)], dim=1)
 
 
 def _columns(
@@ -299,4 +337,3 @@ def generation(
         yield Left("generate", str(error))
         return
     yield Replacement(target, "generate", generate)
-    yield Left("forward", "training, and who calls the model itself, have transformers' arithmetic but for attention")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pygen.autoregressive.stored_tensor import DTYPES
+from pygen.files.stored_tensor import DTYPES
 from pygen.testing.gguf_writer import write_gguf
 
 FIELDS = {

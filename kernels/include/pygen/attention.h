@@ -7,12 +7,25 @@
 
 #include "pygen/isa.h"
 #include "pygen/operand.h"
+#include "pygen/plane.h"
 #include "pygen/tile_product.h"
 
 namespace pygen {
 
-inline constexpr int64_t kMostHeadDim = 256;
+inline constexpr int64_t kMostHeadDim = 512;
 inline constexpr int64_t kNoBand = int64_t{1} << 62;
+
+// Dropout of the weights (Srivastava et al. 2014), once they are a softmax. A weight has 16 bits of Philox: of head h,
+// query i and key j the (j % 8)-th, a word's low ones first, of block i << 24 | j / 8 of draw kDrawDropout | h. What
+// is kept is divided by the share that is, to 1/65536; logsumexp knows nothing of it.
+struct Dropout {
+  static constexpr int64_t kMostHeads = 1 << 12, kMostQueries = 1 << 24, kMostKeys = 8 << 24;
+  PhiloxSettings philox;  // without a seed nothing is dropped
+  uint16_t last;          // the largest number that drops a weight
+  float scale = 1.0f;     // of the weights that are kept; 0 where none is
+
+  static constexpr int64_t block(int64_t query, int64_t key) { return query << 24 | key / 8; }
+};
 
 struct AttentionArgs {
   int64_t batch, heads, kv_heads, queries, keys, head_dim;
@@ -22,6 +35,7 @@ struct AttentionArgs {
   int64_t lengths_stride;
   int64_t before, after;  // query i sees keys i - before to i + after
   float scale;
+  Dropout dropout;
   float* logsumexp;     // (batch, heads, queries), of each query's scores; null: not wanted
   TileProduct product;  // what it lacks is done here
   char* packed;         // 64-byte aligned: AttentionLayout(args).bytes

@@ -8,12 +8,6 @@
 
 namespace pygen {
 
-// The weights of an RMSNorm over a head, contiguous; null where there is none.
-struct HeadNorm {
-  const void* weight;
-  DType dtype;
-};
-
 // Token i of a sequence lies at position kv_length - length + i; before 0 it is padding: nothing is written, and its
 // queries become zeros. Strides of q, out, k and v, which have one dtype: sequence, head, token.
 struct CacheAppendArgs {

@@ -4,7 +4,8 @@
 // make the four normals of elements 4 b .. 4 b + 3.
 #pragma once
 
-#include "pygen/lanes.h"
+#include "pygen/plane.h"
+#include "pygen/sine_cosine.h"
 
 namespace pygen {
 
@@ -14,6 +15,12 @@ struct PhiloxKey {
   uint32_t step;
   uint32_t sample;
 };
+
+PYGEN_INLINE PhiloxKey philox_key(const PhiloxSettings& settings, int64_t sample, uint32_t draw) {
+  return {static_cast<uint64_t>(settings.seed[sample * settings.seed_stride]), draw,
+          static_cast<uint32_t>(settings.step.at(sample, 0)),
+          static_cast<uint32_t>(settings.sample_ids.at(sample, sample))};
+}
 
 inline constexpr int kPhiloxRounds = 10;
 inline constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;  // of the keys, from round to round
@@ -79,18 +86,11 @@ PYGEN_INLINE void box_muller(U word0, U word1, F& normal0, F& normal1) {
   const F u = fma(to_float(word0), splat(0x1p-32f, one), splat(0x1p-33f, one));
   const F radius = sqrt(log(u, word0) * -2.0f);
   const F angle = to_float(to_signed(word1 << 2)) * 3.6572953e-10f;  // 2^-32 pi/2
-  const F a2 = angle * angle;
-  F s = fma(splat(-0.000195152839f, one), a2, splat(0.0083321603f, one));
-  s = fma(s, a2, splat(-0.166666552f, one));
-  s = fma(s, a2 * angle, angle);
-  F c = fma(splat(2.44331568e-05f, one), a2, splat(-0.00138873165f, one));
-  c = fma(c, a2, splat(0.0416666456f, one));
-  c = fma(c, a2 * a2, fma(a2, splat(-0.5f, one), one));
-  const U quadrant = word1 >> 30;
-  const auto odd = (quadrant & 1u) != 0u;
-  const U cosine_sign = ((quadrant + 1u) & 2u) << 30, sine_sign = (quadrant & 2u) << 30;
-  normal0 = radius * from_unsigned(to_unsigned(select(odd, s, c)) ^ cosine_sign);
-  normal1 = radius * from_unsigned(to_unsigned(select(odd, c, s)) ^ sine_sign);
+  F s, c;
+  sine_cosine(angle, s, c);
+  turn_quarters(word1 >> 30, s, c);
+  normal0 = radius * c;
+  normal1 = radius * s;
 }
 
 }  // namespace pygen

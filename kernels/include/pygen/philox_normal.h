@@ -16,7 +16,8 @@ enum : uint32_t {
   kDrawRoute = 11u << 12,
   kDrawWatermark = 12u << 12,  // the odd draw hashes a context
   kDrawVerify = 13u << 12,
-  kDrawSample = 14u << 12
+  kDrawSample = 14u << 12,
+  kDrawDropout = 15u << 12
 };
 
 // Iteration space: size[0] samples, then the logical dimensions of one sample, row-major. The linear index of the

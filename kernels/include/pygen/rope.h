@@ -1,4 +1,5 @@
-// rope: rotary position embedding (Su et al. 2021) of heads, by a table of cosines and sines.
+// rope: rotary position embedding (Su et al. 2021) of heads, by a table of cosines and sines; after an RMSNorm over
+// each.
 #pragma once
 
 #include "pygen/isa.h"
@@ -33,11 +34,19 @@ PYGEN_INLINE const float* rope_angles(const RopeTable& table, int64_t position) 
   return position >= 0 && position < table.positions ? table.data + position * table.stride : nullptr;
 }
 
+// The weights of an RMSNorm over a head, contiguous; null where there is none.
+struct HeadNorm {
+  const void* weight;
+  DType dtype;
+};
+
 // Strides of x and out: sequence, head, token; head_dim is contiguous.
 struct RopeArgs {
   int64_t batch, heads, length;
   int32_t head_dim;
   bool inverse;  // by the negative angles
+  HeadNorm norm;
+  float eps;
   Operand x, out;
   RopePositions positions;
   RopeTable table;

@@ -86,12 +86,6 @@ PYGEN_INLINE int pick(int begin, int end, double target, double& before, Weight 
   return chosen;
 }
 
-PYGEN_INLINE PhiloxKey philox_key(const PhiloxSettings& settings, int64_t sample, uint32_t draw) {
-  return {static_cast<uint64_t>(settings.seed[sample * settings.seed_stride]), draw,
-          static_cast<uint32_t>(settings.step.at(sample, 0)),
-          static_cast<uint32_t>(settings.sample_ids.at(sample, sample))};
-}
-
 // Integers in the order of the numbers, -0 and 0 alike.
 PYGEN_INLINE uint32_t ordered_from_bits(uint32_t bits) {
   if (bits == 0x80000000u) bits = 0;

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,3 +123,15 @@ def _dequantise(blocks: Tensor, format: str, dtype: torch.dtype) -> Tensor:
             values = torch.cat([codes & 15, codes >> 4], dim=1).to(torch.int8) - 8
         into.copy_(values * scale)
     return out
+
+
+def parsed(
+    file: Path, parse: Callable[[mmap.mmap], Any]
+) -> tuple[dict[str, StoredTensor], dict[str, Any], dict[str, int]]:
+    """The tensors by the names they have in the file, the metadata, and the lengths of arrays that are not in it."""
+    mapped = MappedFile(file)
+    try:
+        entries, metadata, lengths = parse(mapped.map)
+    except ValueError as error:
+        refuse(file, error)
+    return {name: StoredTensor(mapped, *entry) for name, *entry in entries}, metadata, lengths

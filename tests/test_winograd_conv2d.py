@@ -1,0 +1,94 @@
+"""winograd_conv2d beyond its spec: beside conv2d on the weight itself, invariance, and wrong arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+import pygen
+from tests.error_rule import assert_error_rule
+
+
+def drawn(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
+
+
+W, B = drawn(24, 20, 3, 3, seed=1), drawn(24, seed=2)
+X, PACKED = channels_last(drawn(2, 20, 9, 7)), pygen.winograd_weight(W)
+
+
+@pytest.mark.parametrize(("channels", "side", "outputs"), [(320, 32, 320), (1280, 8, 640), (64, 65, 96)])
+def test_errs_no_more_than_a_direct_convolution(channels: int, side: int, outputs: int) -> None:
+    x = channels_last(drawn(2, channels, side, side))
+    w, b = drawn(outputs, channels, 3, 3, seed=1) / (9 * channels) ** 0.5, drawn(outputs, seed=2)
+    found = pygen.winograd_conv2d(x, pygen.winograd_weight(w), b, out_channels=outputs)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    truth = conv2d(x.double(), w.double(), b.double(), padding=1)
+    assert_error_rule([(found, conv2d(x, w, b, padding=1), truth)])
+
+
+def test_the_same_bits_on_any_number_of_threads_and_in_any_batch() -> None:
+    x = channels_last(drawn(3, 40, 30, 22))
+    packed = pygen.winograd_weight(drawn(200, 40, 3, 3, seed=1))
+    whole = pygen.winograd_conv2d(x, packed, out_channels=200)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(pygen.winograd_conv2d(x, packed, out_channels=200), whole)
+            assert torch.equal(pygen.winograd_conv2d(x[1:2], packed, out_channels=200), whole[1:2])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_records_and_writes_in_place() -> None:
+    x = X.clone(memory_format=torch.channels_last)
+    program = pygen.record(lambda: pygen.winograd_conv2d(x, PACKED, B, out_channels=24))
+    x.copy_(drawn(2, 20, 9, 7, seed=3))
+    assert torch.equal(program(), pygen.winograd_conv2d(x, PACKED, B, out_channels=24))
+    out = torch.empty(2, 9, 7, 30).permute(0, 3, 1, 2)[:, 3:27]
+    assert pygen.winograd_conv2d(x, PACKED, B, out_channels=24, out=out) is out
+    assert torch.equal(out, pygen.winograd_conv2d(x, PACKED, B, out_channels=24))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": X[0]}, ValueError, "x must have shape (batch, channels, height, width), got torch.Size([20, 9, 7])"),
+        ({"x": X.contiguous()}, ValueError, "x must be channels-last"),
+        ({"x": X.double()}, TypeError, "x must be float32, bfloat16 or float16"),
+        ({"x": X[:, :8]}, ValueError, "weight must be contiguous, of shape [16, 1, 8, 64]"),
+        ({"weight": PACKED.half()}, TypeError, "weight must be float32, got Half"),
+        ({"weight": W}, ValueError, "weight must be contiguous, of shape [16, 1, 20, 64]"),
+        ({"out_channels": 65}, ValueError, "weight must be contiguous, of shape [16, 2, 20, 64]"),
+        ({"out_channels": 0}, ValueError, "out_channels must be positive, got 0"),
+        ({"bias": B[:8]}, ValueError, "bias must be contiguous, of shape 24, got [8]"),
+        ({"bias": B.half()}, TypeError, "bias must have x's dtype Float, got Half"),
+        (
+            {"out": channels_last(torch.empty(2, 24, 9, 8))},
+            ValueError,
+            "out must have shape [2, 24, 9, 7], got [2, 24, 9",
+        ),
+        ({"out": torch.empty(2, 24, 9, 7)}, ValueError, "out must be channels-last"),
+        ({"out": channels_last(torch.empty(2, 24, 9, 7).half())}, TypeError, "out must have x's dtype Float"),
+        ({"x": X.clone().requires_grad_()}, RuntimeError, "winograd_conv2d is not differentiable, and x"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error) as caught:
+        pygen.winograd_conv2d(**({"x": X, "weight": PACKED, "bias": B, "out_channels": 24} | arguments))
+    assert message in str(caught.value)
+
+
+def test_wrong_weights_are_named() -> None:
+    with pytest.raises(ValueError, match=r"weight must have shape \(out_channels, channels, 3, 3\)"):
+        pygen.winograd_weight(torch.ones(4, 4, 1, 1))

@@ -47,84 +47,77 @@ struct Tile {
     }
   }
 
-  void product(int64_t n, int64_t k, int64_t a_stride, int64_t b_stride, int64_t c_stride, bool add, const void* a,
-               const void* b, float* c) const {
-    product_of(args, layout)(rows, n, k, a_stride, b_stride, c_stride, add, a, b, c);
-  }
-
   // Keys from one to another, both within a block whose first has the number `begin`.
   void meet(const char* block, int64_t begin, int64_t from, int64_t to, bool first_block) {
-    const int64_t here = (to - begin + 31) / 32 * 32;
-    product(here, layout.depth, left_stride, kKeys, kKeys, false, left, block, scores);
+    const int64_t here = (to - begin + 15) / 16 * 16;
+    const Multiply product(args, layout, 128);
+    product(rows, here, layout.depth, left_stride, kKeys, kKeys, false, left, block, scores);
     for (int64_t r = 0; r < rows; r += kLanes) {
       weigh(r, begin, from, to, here, first_block);
       for (int i = 0; args.dropout.philox.seed != nullptr && i < kLanes; ++i) drop(r + i, begin, here);
     }
     const void* const a = layout.halves ? static_cast<const void*>(weights) : scores;
-    product(layout.width, here, kKeys, layout.width, layout.width, !first_block, a, block + layout.key_bytes, sums);
+    product(rows, layout.width, here, kKeys, layout.width, layout.width, !first_block, a, block + layout.key_bytes,
+            sums);
   }
 
-  // Scales the scores of kLanes rows, and makes those -inf that are not seen; or leaves them, where all are seen, and
-  // the largest stay so when scaled, and says so.
+  // Makes the scores of kLanes rows -inf that are not seen. Returns whether they were scaled as well.
   bool restrict_rows(int64_t r, int64_t begin, int64_t from, int64_t to, int64_t here) {
-    int32_t low[kLanes], high[kLanes];
-    bool restricted = args.mask.data != nullptr || !(args.scale > 0 && args.scale < kInfinity);
-    for (int i = 0; i < kLanes; ++i) {
-      int64_t first_seen = from, end = to;
-      if (const int64_t query = first + r + i; r + i < count) {
+    const bool masked = args.mask.data != nullptr, added = masked && args.mask.dtype != DType::kBool;
+    const bool scaled = added || !(args.scale > 0 && args.scale < kInfinity);
+    for (int64_t end = r + kLanes; r < end; ++r) {
+      int64_t first_seen = from, end_seen = to;
+      if (const int64_t query = first + r; r < count) {
         first_seen = std::max(from, query - args.before),
-        end = std::min(to, query + std::min(args.after, args.keys) + 1);
+        end_seen = std::min(to, query + std::min(args.after, args.keys) + 1);
       }
-      low[i] = static_cast<int32_t>(std::clamp<int64_t>(first_seen - begin, 0, here));
-      high[i] = static_cast<int32_t>(std::clamp<int64_t>(end - begin, 0, here));
-      restricted |= low[i] > 0 || high[i] < here;
+      const int64_t high = std::clamp<int64_t>(end_seen - begin, 0, here);
+      const int64_t low = std::clamp<int64_t>(first_seen - begin, 0, high);
+      float* const row = scores + r * kKeys;
+      if (scaled || masked) scale_and_mask(row, r, begin, here, splat(scaled ? args.scale : 1.0f, F32{}));
+      std::fill(row, row + low, -kInfinity);
+      std::fill(row + high, row + here, -kInfinity);
     }
-    for (int i = 0; restricted && i < kLanes; ++i) restrict_to(r + i, begin, here, low[i], high[i]);
-    return restricted;
+    return scaled;
   }
 
-  // Scales a row's scores, and makes those -inf that are not seen.
-  void restrict_to(int64_t r, int64_t begin, int64_t here, int32_t low, int32_t high) {
-    float* const row = scores + r * kKeys;
+  void scale_and_mask(float* row, int64_t r, int64_t begin, int64_t here, F32 scale) {
     alignas(64) float added[kKeys + 16] = {};
     const bool masked = args.mask.data != nullptr && r < count;
     if (masked) {
       const int64_t stride = args.mask.stride[3], offset = at(args.mask, sample, head, first + r);
       widen<kKeys>(added, args.mask, offset + begin * stride, stride, std::min(here, args.keys - begin));
     }
-    I32 lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    const F32 unseen = splat(-kInfinity, F32{});
     for (int64_t j = 0; j < here; j += kLanes) {
-      F32 s = load_bytes<F32>(row + j) * splat(args.scale, F32{});
+      F32 s = load_bytes<F32>(row + j) * scale;
       if (masked) {
         const F32 mask = load_bytes<F32>(added + j);
-        s = args.mask.dtype == DType::kBool ? select(mask != F32{}, s, unseen) : s + mask;
+        s = args.mask.dtype == DType::kBool ? select(mask != F32{}, s, splat(-kInfinity, s)) : s + mask;
       }
-      const I32 key = lane + static_cast<int32_t>(j);
-      s = select((key >= low) & (key < high), s, unseen);
       std::memcpy(row + j, &s, sizeof s);
     }
   }
 
   // Makes the scores of kLanes rows weights, relative to the largest score that each row has met.
   void weigh(int64_t r, int64_t begin, int64_t from, int64_t to, int64_t here, bool first_block) {
-    const bool restricted = restrict_rows(r, begin, from, to, here);
-    const F32 scale = splat(restricted ? 1.0f : args.scale, F32{});
-    alignas(64) float lanes[kLanes];
-    for (int i = 0; i < kLanes; ++i) lanes[i] = largest_of(scores + (r + i) * kKeys, here);
-    const F32 before = load_bytes<F32>(largest + r), most = max(load_bytes<F32>(lanes) * scale, before);
+    const bool scaled = restrict_rows(r, begin, from, to, here);
+    const F32 scale = splat(scaled ? 1.0f : args.scale, F32{});
+    F32 of_rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) of_rows[i] = largest_of(scores + (r + i) * kKeys, here);
+    const F32 here_most = join_each(of_rows, [](F32 a, F32 b) __attribute__((always_inline)) { return max(a, b); });
+    const F32 before = load_bytes<F32>(largest + r), most = max(here_most * scale, before);
     const F32 kept = select(most == before, splat(1.0f, F32{}), exp(before - most));
     const F32 base = select(most == splat(-kInfinity, F32{}), F32{}, -most);
     const auto run = [&](auto halves, auto rough) {
-      for (int i = 0; i < kLanes; ++i) lanes[i] = weigh_row<halves.value, rough.value>(r + i, here, scale, base[i]);
+      for (int i = 0; i < kLanes; ++i) of_rows[i] = weigh_row<halves.value, rough.value>(r + i, here, scale, base[i]);
     };
     if (!layout.halves) {
       run(std::false_type{}, std::false_type{});
     } else {
       args.logsumexp == nullptr ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
     }
-    const F32 sum = fma(load_bytes<F32>(total + r), kept, load_bytes<F32>(lanes));
+    const F32 weights = join_each(of_rows, [](F32 a, F32 b) __attribute__((always_inline)) { return a + b; });
+    const F32 sum = fma(load_bytes<F32>(total + r), kept, weights);
     std::memcpy(total + r, &sum, sizeof sum);
     std::memcpy(largest + r, &most, sizeof most);
     for (int i = 0; i < kLanes && !first_block; ++i) {
@@ -137,35 +130,40 @@ struct Tile {
     }
   }
 
-  // NaN is not the largest of anything.
-  static float largest_of(const float* row, int64_t here) {
+  // Of each lane; NaN is not the largest of anything.
+  static F32 largest_of(const float* row, int64_t here) {
     F32 most[2] = {splat(-kInfinity, F32{}), splat(-kInfinity, F32{})};
-    for (int64_t j = 0; j < here; j += 2 * kLanes) {
-      for (int t = 0; t < 2; ++t) most[t] = max(load_bytes<F32>(row + j + t * kLanes), most[t]);
-    }
-    return join_lanes(max(most[0], most[1]), [](F32 a, F32 b) __attribute__((always_inline)) { return max(a, b); })[0];
+    by_pairs(here, [&](int64_t j, auto count) __attribute__((always_inline)) {
+      for (int t = 0; t < count.value; ++t) most[t] = max(load_bytes<F32>(row + j + t * kLanes), most[t]);
+    });
+    return max(most[0], most[1]);
   }
 
-  // Returns the sum of the weights of a row.
+  // Returns the sum of the weights of a row, in each lane.
   template <bool kHalves, bool kRough>
-  float weigh_row(int64_t r, int64_t here, F32 scale, float base) {
+  F32 weigh_row(int64_t r, int64_t here, F32 scale, float base) {
     const F32 unit = splat(exponent_unit(kRough), scale), least = splat(base, scale) * unit;
     scale *= unit;
     F32 sum[2] = {};
     float* const row = scores + r * kKeys;
-    for (int64_t j = 0; j < here; j += 2 * kLanes) {
-      F32 weight[2];
-      for (int t = 0; t < 2; ++t) {
+    by_pairs(here, [&](int64_t j, auto count) __attribute__((always_inline)) {
+      F32 weight[count.value];
+      for (int t = 0; t < count.value; ++t) {
         weight[t] = weight_of<kRough>(fma(load_bytes<F32>(row + j + t * kLanes), scale, least));
         sum[t] += weight[t];
+        if constexpr (!kHalves) std::memcpy(row + j + t * kLanes, &weight[t], sizeof weight[t]);
       }
-      if constexpr (kHalves) {
-        store_halves(weights + r * kKeys + j, weight);
-      } else {
-        std::memcpy(row + j, weight, sizeof weight);
-      }
-    }
-    return join_lanes(sum[0] + sum[1], [](F32 a, F32 b) __attribute__((always_inline)) { return a + b; })[0];
+      if constexpr (kHalves) store_halves(weights + r * kKeys + j, weight);
+    });
+    return sum[0] + sum[1];
+  }
+
+  // Two vectors of a row at a time, and one where one is left.
+  template <class Visit>
+  PYGEN_INLINE static void by_pairs(int64_t here, Visit visit) {
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= here; j += 2 * kLanes) visit(j, std::integral_constant<int, 2>{});
+    if (j < here) visit(j, std::integral_constant<int, 1>{});
   }
 
   // Makes 0 of the weights of a row that are dropped.
@@ -201,12 +199,20 @@ struct Tile {
     for (int64_t r = 0; r < count; ++r) {
       const bool nothing = !met || total[r] == 0.0f;
       const F32 inverse = splat(nothing ? 0.0f : args.dropout.scale / total[r], F32{});
+      const float* const sum = sums + r * layout.width;
+      const auto y = [&](int64_t j) { return nothing ? F32{} : load_bytes<F32>(sum + j) * inverse; };
+      const int64_t to = at(args.out, sample, head, first + r);
+      if (layout.halves && args.out.stride[3] == 1) {
+        uint16_t* const row = static_cast<uint16_t*>(args.out.data) + to;
+        for (int64_t j = 0; j < args.head_dim; j += kLanes) store_halves(row + j, y(j), args.head_dim - j);
+        continue;
+      }
       alignas(64) float row[kMostHeadDim];
       for (int64_t j = 0; j < layout.width; j += kLanes) {
-        const F32 y = nothing ? F32{} : load_bytes<F32>(sums + r * layout.width + j) * inverse;
-        std::memcpy(row + j, &y, sizeof y);
+        const F32 v = y(j);
+        std::memcpy(row + j, &v, sizeof v);
       }
-      narrow_to<kMostHeadDim>(args.out, at(args.out, sample, head, first + r), args.out.stride[3], row, args.head_dim);
+      narrow_to<kMostHeadDim>(args.out, to, args.out.stride[3], row, args.head_dim);
     }
     if (args.logsumexp == nullptr) return;
     float* const to = args.logsumexp + (sample * args.heads + head) * args.queries + first;

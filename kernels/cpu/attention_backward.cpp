@@ -150,7 +150,7 @@ struct Unit {
   }
 
   void multiply(Keys& tile, int64_t head, int64_t begin, int64_t here, float* sums) {
-    const auto product = product_of(of, layout.sizes);
+    const Multiply product(of, layout.sizes, 64);
     product(tile.rows, here, depth, depth, kQueries, kQueries, false, tile.k, q_across, weights);
     product(tile.rows, here, depth, depth, kQueries, kQueries, false, tile.v, grad_across, slopes);
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -163,14 +163,9 @@ struct Unit {
     T* const pairs = reinterpret_cast<T*>(kHalves ? static_cast<void*>(halves[2 * kHalves]) : slopes);
     // Rows that there are for the product's sake alone, and meet zeros of k.
     std::memset(pairs + tile.rows * kQueries, 0, (tile.padded - tile.rows) * kQueries * sizeof(T));
-    constexpr int64_t kPart = kHalves ? kQueries : 64;  // a product sums one after the other: few, for float's sake
-    for (int64_t from = 0; from < here; from += kPart) {
-      const int64_t part = std::min(kPart, here - from);
-      product(tile.rows, width, part, kQueries, width, width, tile.met, p + from, grad_along + from * width,
-              tile.grad_v);
-      product(tile.rows, width, part, kQueries, width, width, tile.met, ds + from, q_along + from * width, tile.grad_k);
-      tile.met = true;
-    }
+    product(tile.rows, width, here, kQueries, width, width, tile.met, p, grad_along, tile.grad_v);
+    product(tile.rows, width, here, kQueries, width, width, tile.met, ds, q_along, tile.grad_k);
+    tile.met = true;
     product(width, here, tile.padded, kTileKeys, kQueries, kQueries, true, tile.k_across, pairs, sums);
   }
 

@@ -45,11 +45,27 @@ inline constexpr int64_t kRowFloats = kMostHeadDim + 16;
   widen<kMostHeadDim>(to, operand, offset, operand.stride[3], args.head_dim);
 }
 
-// What multiplies tiles.
-[[maybe_unused]] inline auto product_of(const AttentionArgs& args, const Layout& layout) {
-  if (layout.halves) return args.product.bfloat16;
-  return args.product.float32 != nullptr ? args.product.float32 : multiply;
-}
+// The product of tiles, as of TileProduct. One adds up a row's terms one after the other, which loses as many of
+// float's last bits as there are terms: there it is made of parts.
+struct Multiply {
+  decltype(TileProduct::float32) product;
+  int64_t part, size;
+
+  Multiply(const AttentionArgs& args, const Layout& layout, int64_t part)
+      : product(layout.halves                     ? args.product.bfloat16
+                : args.product.float32 != nullptr ? args.product.float32
+                                                  : multiply),
+        part(layout.halves ? kMostHeadDim : part),
+        size(layout.halves ? 2 : 4) {}
+
+  void operator()(int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride, int64_t c_stride, bool add,
+                  const void* a, const void* b, float* c) const {
+    for (int64_t from = 0; from < k; from += part, add = true) {
+      product(m, n, std::min(part, k - from), a_stride, b_stride, c_stride, add,
+              static_cast<const char*>(a) + from * size, static_cast<const char*>(b) + from * b_stride * size, c);
+    }
+  }
+};
 
 // What a rough weight's exponent is counted in: octaves where that is cheaper.
 [[maybe_unused]] inline float exponent_unit([[maybe_unused]] bool rough) {
@@ -93,9 +109,15 @@ void pack_panels(const AttentionArgs& args, const Layout& layout, const Operand&
     const int64_t count = std::clamp<int64_t>(live - first, 0, kTogether);
     for (int64_t n = 0; n < count; ++n) read_row(rows[n], args, operand, offset + (first + n) * operand.stride[2]);
     if (count < kTogether) std::memset(rows[count], 0, sizeof rows[0] * (kTogether - count));
-    for (int64_t line = 0; across != nullptr && line < layout.depth / kPair; ++line) {
-      for (int64_t n = 0; n < kTogether; ++n) {
-        std::memcpy(across + line * kKeys + first + n, rows[n] + line * kPair, 4);
+    const int64_t lines = layout.depth / kPair;
+    for (int64_t n = 0; across != nullptr && n < kTogether; n += kLanes) {
+      for (int64_t line = 0; line < lines; line += kLanes) {
+        F32 v[kLanes];
+        for (int i = 0; i < kLanes; ++i) v[i] = load_bytes<F32>(rows[n + i] + line * kPair);
+        transpose(v);
+        for (int i = 0; i < std::min<int64_t>(kLanes, lines - line); ++i) {
+          std::memcpy(across + (line + i) * kKeys + first + n, &v[i], sizeof v[i]);
+        }
       }
     }
     for (int64_t n = 0; along != nullptr && n < kTogether; n += kPair) {

@@ -1,6 +1,8 @@
 // What becomes bfloat16 needs no more than that of an exponential. The bits differ from one instruction set to another.
 #pragma once
 
+#include <algorithm>
+
 #include "pygen/exp.h"
 #include "pygen/half.h"
 
@@ -37,20 +39,36 @@ PYGEN_INLINE Pack<F32, N> rough_silu(Pack<F32, N> x) {
 }
 
 // Rounds to bfloat16; subnormal numbers may become 0.
-PYGEN_INLINE void store_halves(uint16_t* to, F32 v) {
+PYGEN_INLINE U16 rough_halves(F32 v) {
 #if defined(__AVX512BF16__)
-  const __m256bh half = _mm512_cvtneps_pbh(v);
+  return bits<U16>(_mm512_cvtneps_pbh(v));
 #else
-  const U16 half = narrow(float_to_bfloat16(v));
+  return narrow(float_to_bfloat16(v));
 #endif
-  std::memcpy(to, &half, sizeof half);
 }
-PYGEN_INLINE void store_halves(uint16_t* to, const F32 (&v)[2]) {
+template <int N>
+PYGEN_INLINE void store_halves(uint16_t* to, const F32 (&v)[N]) {
 #if defined(__AVX512BF16__)
-  const __m512bh both = _mm512_cvtne2ps_pbh(v[1], v[0]);
-  std::memcpy(to, &both, sizeof both);
+  if constexpr (N == 2) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(v[1], v[0]);
+    std::memcpy(to, &both, sizeof both);
+    return;
+  }
+#endif
+  for (int t = 0; t < N; ++t) {
+    const U16 half = rough_halves(v[t]);
+    std::memcpy(to + t * kLanes, &half, sizeof half);
+  }
+}
+PYGEN_INLINE void store_halves(uint16_t* to, F32 v) { store_halves<1>(to, {v}); }
+// The first `count`, where there are less than a vector's.
+PYGEN_INLINE void store_halves(uint16_t* to, F32 v, int64_t count) {
+  const U16 half = rough_halves(v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t first = count < kLanes ? (1u << count) - 1 : 0xffff;
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(first), bits<__m256i>(half));
 #else
-  for (int t = 0; t < 2; ++t) store_halves(to + t * kLanes, v[t]);
+  std::memcpy(to, &half, std::min<int64_t>(count, kLanes) * sizeof(uint16_t));
 #endif
 }
 

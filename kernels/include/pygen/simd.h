@@ -171,18 +171,6 @@ PYGEN_INLINE F32 interleave(F32 a, F32 b) {
   return interleave<kHalf>(a, b, std::make_integer_sequence<int, kLanes>{});
 }
 
-// All lanes joined by halves: lane i with lane i + width, for width = kLanes / 2, ..., 1. The result is in every lane.
-template <int kBy, class V, int... kLane>
-PYGEN_INLINE V rotate_lanes(V v, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(v, v, ((kLane + kBy) % kLanes)...);
-}
-template <int kWidth = kLanes / 2, class V, class Join>
-PYGEN_INLINE V join_lanes(V v, Join join) {
-  v = join(v, rotate_lanes<kWidth>(v, std::make_integer_sequence<int, kLanes>{}));
-  if constexpr (kWidth > 1) v = join_lanes<kWidth / 2>(v, join);
-  return v;
-}
-
 // Lane i + kBy in lane i, round the end.
 template <int kBy, class V, int... kLane>
 PYGEN_INLINE V rotate(V v, std::integer_sequence<int, kLane...>) {
@@ -191,6 +179,44 @@ PYGEN_INLINE V rotate(V v, std::integer_sequence<int, kLane...>) {
 template <int kBy, class V>
 PYGEN_INLINE V rotate(V v) {
   return rotate<kBy>(v, std::make_integer_sequence<int, kLanes>{});
+}
+
+// All lanes joined by halves: lane i with lane i + width, for width = kLanes / 2, ..., 1. The result is in every lane.
+template <int kWidth = kLanes / 2, class V, class Join>
+PYGEN_INLINE V join_lanes(V v, Join join) {
+  v = join(v, rotate<kWidth>(v));
+  if constexpr (kWidth > 1) v = join_lanes<kWidth / 2>(v, join);
+  return v;
+}
+
+// Of runs of 2 kWidth lanes, the first (half = 0) or second (half = 1) halves: a's, then b's.
+template <int kWidth, int kHalf, class V, int... kLane>
+PYGEN_INLINE V halves_of_runs(V a, V b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      a, b, (kLane / (2 * kWidth) * 2 * kWidth + kHalf * kWidth + kLane % kWidth + kLane / kWidth % 2 * kLanes)...);
+}
+// Lane i is all lanes of v[i], joined. What was in v is gone.
+template <int kWidth = kLanes / 2, class V, class Join>
+PYGEN_INLINE V join_each(V (&v)[kLanes], Join join) {
+  for (int i = 0; i < kWidth; ++i) {
+    constexpr auto kAll = std::make_integer_sequence<int, kLanes>{};
+    v[i] = join(halves_of_runs<kWidth, 0>(v[i], v[i + kWidth], kAll),
+                halves_of_runs<kWidth, 1>(v[i], v[i + kWidth], kAll));
+  }
+  if constexpr (kWidth > 1) join_each<kWidth / 2>(v, join);
+  return v[0];
+}
+
+// Rows become columns.
+PYGEN_INLINE void transpose(F32 (&v)[kLanes]) {
+  for (int runs = 1; runs < kLanes; runs *= 2) {
+    F32 next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave<0>(v[i], v[i + kLanes / 2]);
+      next[2 * i + 1] = interleave<1>(v[i], v[i + kLanes / 2]);
+    }
+    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+  }
 }
 
 // The even (which = 0) or the odd (which = 1) lanes of a, then of b.

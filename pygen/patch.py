@@ -109,8 +109,8 @@ def _models(
         if dtype is not None and isinstance(part, torch.nn.Module):
             yield from cast(part, dtype)
         if isinstance(part, ModelMixin):
-            yield from approximate(part, settings)
             yield from modules(part)
+            yield from approximate(part, settings)  # on top of them
 
 
 def _rules(target: Any) -> Iterator[RuleOfAll]:

@@ -54,6 +54,7 @@ def test_the_same_results_and_back(build: Any, dtype: torch.dtype) -> None:
         report = pygen.accelerate(model)
         found = {what.partition(" (")[0] for what in report.replaced}
         assert found >= {"Conv2d", "Linear", "LayerNorm", "attention"} - LACKING.get(build, set())
+        assert build not in (dit, pixart) or found >= {"BasicTransformerBlock", "GELU"}
         assert report.left == []
         assert pygen.accelerate(model).replaced == []
         for _ in range(2):  # the second time, with what was kept
@@ -119,6 +120,28 @@ def test_what_was_kept_of_weights_and_texts_is_made_again_when_they_change() -> 
             call |= {"encoder_hidden_states": text.clone()}  # another tensor with the same values
             torch.testing.assert_close(model(**call).sample, plain(**call).sample)
             call |= {"encoder_hidden_states": text}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_packed_for_one_size_of_image_do_for_another(dtype: torch.dtype) -> None:
+    model, (call, _) = built(unet)
+    model, exact = rounded(model, dtype)
+    sizes = [rounded_to(call | {"sample": drawn(2, 4, side, side)}, dtype) for side in (2, 16, 8)]
+    with torch.no_grad():
+        theirs, truth = outputs(model, sizes, dtype), outputs(exact, sizes, torch.float64)
+        pygen.accelerate(model)
+        assert_error_rule(list(zip(outputs(model, sizes, dtype), theirs, truth, strict=True)))
+
+
+def test_a_block_that_is_called_otherwise_runs_as_before() -> None:
+    model, (call, *_) = built(pixart)
+    given = in_dtype(call, torch.float32)
+    plain = copy.deepcopy(model)
+    pygen.accelerate(model)
+    for of in (model, plain):
+        of.transformer_blocks[0].set_chunk_feed_forward(2, dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**given).sample, plain(**given).sample)
 
 
 def test_inference_mode_autocast_and_wrong_dtypes_are_as_before() -> None:

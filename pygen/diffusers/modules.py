@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.models.activations import GEGLU
+from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
@@ -33,6 +34,7 @@ from pygen.models.layers import (
     doubles,
     may_hold,
     project,
+    project_gelu,
     project_together,
 )
 from pygen.ops.gated_unit import geglu
@@ -126,6 +128,54 @@ _ADAPTIVE: dict[type, Callable[..., Any]] = {
 }
 
 
+def _transformer_block(name: str, module: Any) -> Found:
+    """Of DiT and PixArt, whose times scale, shift and gate: gates, sums and norms go together."""
+    zero = module.norm_type == "ada_norm_zero" and module.attn2 is None
+    norms = [module.norm3] if zero else [module.norm1, module.norm2]
+    simple = module.pos_embed is None and not module.only_cross_attention and not hasattr(module, "fuser")
+    if simple and (zero or module.norm_type == "ada_norm_single") and not any(n.elementwise_affine for n in norms):
+        yield Replacement(module, "forward", partial(_through_transformer_block, module), "BasicTransformerBlock")
+
+
+def _through_transformer_block(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    timestep: Any = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    class_labels: Tensor | None = None,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+) -> Tensor:
+    x, zero = hidden_states, module.norm_type == "ada_norm_zero"
+    together = module._chunk_size is None and not cross_attention_kwargs
+    together = together and not torch.is_autocast_enabled(x.device.type)
+    if not zero:
+        together = together and timestep is not None and timestep.dtype == module.scale_shift_table.dtype == x.dtype
+    if not together:
+        forward: Any = BasicTransformerBlock.forward
+        whole: Tensor = forward(
+            module, x, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs,
+            class_labels, added_cond_kwargs,
+        )  # fmt: skip
+        return whole
+    if zero:
+        y, gate, shift_ff, scale_ff, gate_ff = module.norm1(x, timestep, class_labels, hidden_dtype=x.dtype)
+        norm = module.norm3
+    else:
+        rows = module.scale_shift_table + timestep.view(len(x), 6, -1)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = rows.unbind(1)
+        y = ada_layer_norm(with_rows(x), scale, shift, module.norm1.eps)
+        norm = module.norm2
+    y = module.attn1(y, attention_mask=attention_mask)
+    if module.attn2 is not None:
+        x, gate = torch.addcmul(x, gate[:, None], y), None
+        y = module.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+    y, x = ada_layer_norm(with_rows(y), scale_ff, shift_ff, norm.eps, residual=with_rows(x), gate=gate)
+    return torch.addcmul(x, gate_ff[:, None], module.ff(y))
+
+
 def _resnet_block(name: str, module: ResnetBlock2D) -> Found:
     if not isinstance(module.nonlinearity, nn.SiLU):
         yield Left(name, f"ResnetBlock2D with {type(module.nonlinearity).__name__}")
@@ -177,6 +227,18 @@ def _double(module: Any, held: Held[Tensor], hidden_states: Tensor, output_size:
     return y
 
 
+def _gelu(name: str, module: GELU) -> Found:
+    """Which the product before it makes on its way."""
+    yield Replacement(module, "forward", partial(_activate, module, Held()), "GELU")
+
+
+def _activate(module: GELU, held: Held[Tensor], hidden_states: Tensor) -> Tensor:
+    if not _is_plain(module.proj):
+        y: Tensor = GELU.forward(module, hidden_states)
+        return y
+    return project_gelu(module.proj, held, hidden_states, module.approximate)
+
+
 def _geglu(name: str, module: GEGLU) -> Found:
     yield Replacement(module, "forward", partial(_gate, module), "GEGLU")
 
@@ -207,8 +269,10 @@ _RULES: dict[type, Callable[[str, Any], Found]] = {
     nn.Linear: _linear,
     nn.LayerNorm: _layer_norm,
     **dict.fromkeys(_ADAPTIVE, _adaptive),
+    BasicTransformerBlock: _transformer_block,
     ResnetBlock2D: _resnet_block,
     Upsample2D: _upsample,
+    GELU: _gelu,
     GEGLU: _geglu,
     Transformer2DModel: _transformer,
 }

@@ -49,7 +49,15 @@ def convolve(module: nn.Conv2d, held: Held[Convolution], x: Tensor) -> Tensor:
 
 
 def _packed_convolution(module: nn.Conv2d, x: Tensor) -> Convolution:
-    """In float32 and of many channels by Winograd's products; else by oneDNN, as bfloat16, whose products cost less."""
+    """In float32 and of many channels by Winograd's products; else by oneDNN, as bfloat16, whose products cost less. Of
+    one pixel as a linear layer: oneDNN's order of its weight fits all sizes of x, its convolution's only those of the
+    first x, and would be made anew at every call."""
+    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0) and module.groups == 1:
+        rows = x.numel() // module.in_channels
+        matrix = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().flatten(1), rows)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(
+            x.permute(0, 2, 3, 1), matrix, module.bias, "none", [], ""
+        ).permute(0, 3, 1, 2)
     many = min(module.weight.shape[:2]) >= 64 and _C.isa().startswith("avx512")  # else products are slower than oneDNN
     if _is_3x3(module) and x.dtype == torch.float32 and many:
         transformed = winograd_weight(module.weight)
@@ -94,11 +102,20 @@ def convolve_doubled(module: nn.Conv2d, held: Held[Tensor], x: Tensor) -> Tensor
 
 def project(module: nn.Linear, held: Held[Tensor], x: Tensor) -> Tensor:
     """``module``'s product; the bias goes with it, where torch copies it into the result first."""
+    return _product(module, held, x, "none", [], "") if packs(module, x) else nn.Linear.forward(module, x)
+
+
+def project_gelu(module: nn.Linear, held: Held[Tensor], x: Tensor, approximate: str) -> Tensor:
+    """``module``'s product and its GELU, "tanh" or "none", on the way."""
     if not packs(module, x):
-        return nn.Linear.forward(module, x)
+        return nn.functional.gelu(nn.Linear.forward(module, x), approximate=approximate)
+    return _product(module, held, x, "gelu", [], approximate)
+
+
+def _product(module: nn.Linear, held: Held[Tensor], x: Tensor, *activation: Any) -> Tensor:
     rows = x.numel() // module.in_features
     weight = held.get((module.weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows))
-    return torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, *activation)
 
 
 Packed = tuple[Tensor, Tensor | None]  # a weight, and a bias
@@ -137,8 +154,9 @@ class Linear(nn.Linear):
         super().__init__(*args, **kwargs)
         self.held: Held[Tensor] = Held()
 
-    def forward(self, input: Tensor) -> Tensor:
-        return project(self, self.held, input)
+    def forward(self, input: Tensor, gelu: str | None = None) -> Tensor:
+        """gelu: "tanh" or "none", its approximation, where the product is activated."""
+        return project(self, self.held, input) if gelu is None else project_gelu(self, self.held, input, gelu)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -199,7 +217,8 @@ class GELU(nn.Module):
         self.proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.gelu(self.proj(x), approximate="tanh")
+        y: Tensor = self.proj(x, gelu="tanh")
+        return y
 
 
 class FeedForward(nn.Module):

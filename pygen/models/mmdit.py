@@ -228,7 +228,7 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor, rotary: Rotary) -> Tensor:
         shift, scale, gate = self.norm(embedding)
         y = modulated(x, scale, shift)
-        hidden = nn.functional.gelu(self.proj_mlp(y), approximate="tanh")
+        hidden = self.proj_mlp(y, gelu="tanh")
         return _finite(gated(x, gate, self.proj_out(torch.cat([self.attn(y, rotary=rotary), hidden], dim=2))))
 
 

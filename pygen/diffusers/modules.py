@@ -34,6 +34,7 @@ from pygen.models.layers import (
     doubles,
     may_hold,
     project,
+    project_geglu,
     project_gelu,
     project_together,
 )
@@ -240,10 +241,12 @@ def _activate(module: GELU, held: Held[Tensor], hidden_states: Tensor) -> Tensor
 
 
 def _geglu(name: str, module: GEGLU) -> Found:
-    yield Replacement(module, "forward", partial(_gate, module), "GEGLU")
+    yield Replacement(module, "forward", partial(_gate, module, Held()), "GEGLU")
 
 
-def _gate(module: GEGLU, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _gate(module: GEGLU, held: Held[tuple[Packed, Packed]], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if _is_plain(module.proj):
+        return project_geglu(module.proj, held, hidden_states)
     up, gate = module.proj(hidden_states).chunk(2, dim=-1)
     return geglu(gate, up)
 

@@ -105,7 +105,7 @@ def project(module: nn.Linear, held: Held[Tensor], x: Tensor) -> Tensor:
     return _product(module, held, x, "none", [], "") if packs(module, x) else nn.Linear.forward(module, x)
 
 
-def project_gelu(module: nn.Linear, held: Held[Tensor], x: Tensor, approximate: str) -> Tensor:
+def project_gelu(module: nn.Linear, held: Held[Tensor], x: Tensor, approximate: str = "tanh") -> Tensor:
     """``module``'s product and its GELU, "tanh" or "none", on the way."""
     if not packs(module, x):
         return nn.functional.gelu(nn.Linear.forward(module, x), approximate=approximate)
@@ -140,6 +140,23 @@ def project_together(modules: Sequence[nn.Linear], held: Held[Packed], x: Tensor
     return y.split([module.out_features for module in modules], dim=-1)
 
 
+def project_geglu(module: nn.Linear, held: Held[tuple[Packed, Packed]], x: Tensor) -> Tensor:
+    """The first half of ``module``'s product times the GELU of the second, by two products that do so on their way."""
+    if not packs(module, x):
+        up, gate = nn.Linear.forward(module, x).chunk(2, dim=-1)
+        return geglu(gate, up)
+
+    def pack() -> tuple[Packed, Packed]:
+        weights = module.weight.detach().chunk(2)
+        biases = (None, None) if module.bias is None else module.bias.detach().chunk(2)
+        reorder, rows = torch.ops.mkldnn._reorder_linear_weight, x.numel() // module.in_features
+        return (reorder(weights[0], rows), biases[0]), (reorder(weights[1], rows), biases[1])
+
+    up_by, gate_by = held.get(tuple(module.parameters()), pack)
+    gate = torch.ops.mkldnn._linear_pointwise(x, *gate_by, "gelu", [], "none")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, gate, *up_by, "mul")
+
+
 class Conv2d(nn.Conv2d):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -152,11 +169,11 @@ class Conv2d(nn.Conv2d):
 class Linear(nn.Linear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.held: Held[Tensor] = Held()
+        self.held: Held[Any] = Held()
 
-    def forward(self, input: Tensor, gelu: str | None = None) -> Tensor:
-        """gelu: "tanh" or "none", its approximation, where the product is activated."""
-        return project(self, self.held, input) if gelu is None else project_gelu(self, self.held, input, gelu)
+    def forward(self, input: Tensor, by: Callable[[nn.Linear, Held[Any], Tensor], Tensor] = project) -> Tensor:
+        """by: or ``project_gelu`` or ``project_geglu``: always the same, of one layer."""
+        return by(self, self.held, input)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -207,8 +224,8 @@ class GEGLU(nn.Module):
         self.proj = Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        up, gate = self.proj(x).chunk(2, dim=-1)
-        return geglu(gate, up)
+        y: Tensor = self.proj(x, project_geglu)
+        return y
 
 
 class GELU(nn.Module):
@@ -217,7 +234,7 @@ class GELU(nn.Module):
         self.proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.proj(x, gelu="tanh")
+        y: Tensor = self.proj(x, project_gelu)
         return y
 
 

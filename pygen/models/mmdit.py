@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pygen.held import Held
-from pygen.models.layers import FeedForward, Linear, Packed, RMSNorm, heads_of, may_hold, project_together
+from pygen.models.layers import FeedForward, Linear, Packed, RMSNorm, heads_of, may_hold, project_gelu, project_together
 from pygen.models.transformer_layers import (
     ContinuousNorm,
     Modulation,
@@ -228,7 +228,7 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor, rotary: Rotary) -> Tensor:
         shift, scale, gate = self.norm(embedding)
         y = modulated(x, scale, shift)
-        hidden = self.proj_mlp(y, gelu="tanh")
+        hidden = self.proj_mlp(y, project_gelu)
         return _finite(gated(x, gate, self.proj_out(torch.cat([self.attn(y, rotary=rotary), hidden], dim=2))))
 
 

@@ -53,11 +53,8 @@ def _packed_convolution(module: nn.Conv2d, x: Tensor) -> Convolution:
     one pixel as a linear layer: oneDNN's order of its weight fits all sizes of x, its convolution's only those of the
     first x, and would be made anew at every call."""
     if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0) and module.groups == 1:
-        rows = x.numel() // module.in_channels
-        matrix = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().flatten(1), rows)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(
-            x.permute(0, 2, 3, 1), matrix, module.bias, "none", [], ""
-        ).permute(0, 3, 1, 2)
+        matrix = _packed_matrix(module.weight.flatten(1), x.permute(0, 2, 3, 1))
+        return lambda x: _product(x.permute(0, 2, 3, 1), matrix, module.bias).permute(0, 3, 1, 2)
     many = min(module.weight.shape[:2]) >= 64 and _C.isa().startswith("avx512")  # else products are slower than oneDNN
     if _is_3x3(module) and x.dtype == torch.float32 and many:
         transformed = winograd_weight(module.weight)
@@ -102,20 +99,27 @@ def convolve_doubled(module: nn.Conv2d, held: Held[Tensor], x: Tensor) -> Tensor
 
 def project(module: nn.Linear, held: Held[Tensor], x: Tensor) -> Tensor:
     """``module``'s product; the bias goes with it, where torch copies it into the result first."""
-    return _product(module, held, x, "none", [], "") if packs(module, x) else nn.Linear.forward(module, x)
+    if not packs(module, x):
+        return nn.Linear.forward(module, x)
+    return _product(x, held.get((module.weight,), lambda: _packed_matrix(module.weight, x)), module.bias)
 
 
 def project_gelu(module: nn.Linear, held: Held[Tensor], x: Tensor, approximate: str = "tanh") -> Tensor:
     """``module``'s product and its GELU, "tanh" or "none", on the way."""
     if not packs(module, x):
         return nn.functional.gelu(nn.Linear.forward(module, x), approximate=approximate)
-    return _product(module, held, x, "gelu", [], approximate)
+    matrix = held.get((module.weight,), lambda: _packed_matrix(module.weight, x))
+    return _product(x, matrix, module.bias, gelu=approximate)
 
 
-def _product(module: nn.Linear, held: Held[Tensor], x: Tensor, *activation: Any) -> Tensor:
-    rows = x.numel() // module.in_features
-    weight = held.get((module.weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows))
-    return torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, *activation)
+def _packed_matrix(weight: Tensor, x: Tensor) -> Tensor:
+    """In oneDNN's order, which is made for so many rows as x has, and does for others."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), x.numel() // x.shape[-1])
+
+
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
+    activation: tuple[Any, ...] = ("none", [], "") if gelu is None else ("gelu", [], gelu)
+    return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, *activation)
 
 
 Packed = tuple[Tensor, Tensor | None]  # a weight, and a bias
@@ -125,7 +129,6 @@ def project_together(modules: Sequence[nn.Linear], held: Held[Packed], x: Tensor
     """What linear layers make of one x, by one product: parts of its rows."""
     if not all(packs(module, x) for module in modules):
         return tuple(module(x) for module in modules)
-    rows = x.numel() // x.shape[-1]
 
     def pack() -> Packed:
         weight = torch.cat([module.weight.detach() for module in modules])
@@ -133,10 +136,10 @@ def project_together(modules: Sequence[nn.Linear], held: Held[Packed], x: Tensor
         if any(module.bias is not None for module in modules):
             zeros = (weight.new_zeros(module.out_features) for module in modules)
             bias = torch.cat([z if m.bias is None else m.bias.detach() for m, z in zip(modules, zeros, strict=True)])
-        return torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
+        return _packed_matrix(weight, x), bias
 
     made_of = tuple(parameter for module in modules for parameter in module.parameters())
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, *held.get(made_of, pack), "none", [], "")
+    y = _product(x, *held.get(made_of, pack))
     return y.split([module.out_features for module in modules], dim=-1)
 
 
@@ -147,13 +150,12 @@ def project_geglu(module: nn.Linear, held: Held[tuple[Packed, Packed]], x: Tenso
         return geglu(gate, up)
 
     def pack() -> tuple[Packed, Packed]:
-        weights = module.weight.detach().chunk(2)
-        biases = (None, None) if module.bias is None else module.bias.detach().chunk(2)
-        reorder, rows = torch.ops.mkldnn._reorder_linear_weight, x.numel() // module.in_features
-        return (reorder(weights[0], rows), biases[0]), (reorder(weights[1], rows), biases[1])
+        up, gate = module.weight.chunk(2)
+        up_bias, gate_bias = (None, None) if module.bias is None else module.bias.detach().chunk(2)
+        return (_packed_matrix(up, x), up_bias), (_packed_matrix(gate, x), gate_bias)
 
     up_by, gate_by = held.get(tuple(module.parameters()), pack)
-    gate = torch.ops.mkldnn._linear_pointwise(x, *gate_by, "gelu", [], "none")
+    gate = _product(x, *gate_by, gelu="none")
     return torch.ops.mkldnn._linear_pointwise.binary(x, gate, *up_by, "mul")
 
 

@@ -56,13 +56,13 @@ class Report:
         return "\n".join(lines)
 
 
-Rule = Callable[..., Iterator[Replacement | Left]]  # of a name and a module
-RuleOfAll = Callable[..., Iterator[Replacement | Left | Done]]  # of the object, and of options
+Found = Iterator[Replacement | Left | Done]  # what rules make
+Rule = Callable[..., Found]  # of a name and a module, or of the whole object and of options
 Approximations = Iterable[str] | Mapping[str, Mapping[str, Any]]  # names, or settings of them by name
 TAKEN = "its forward has been replaced already"
 
 
-def forwards(model: torch.nn.Module, rule_of: Callable[[torch.nn.Module], Rule | None]) -> Iterator[Replacement | Left]:
+def forwards(model: torch.nn.Module, rule_of: Callable[[torch.nn.Module], Rule | None]) -> Found:
     """What rules of a name and a module make of a model's modules, whose forwards are their classes' own."""
     for name, module in model.named_modules():
         rule, forward = rule_of(module), vars(module).get("forward")
@@ -76,7 +76,7 @@ def is_ours(forward: Any) -> bool:
     return str(getattr(forward, "func", forward).__module__).startswith("pygen.")
 
 
-def _schedulers(target: Any) -> Iterator[Replacement | Left]:
+def _schedulers(target: Any) -> Found:
     """The scheduler of a diffusers pipeline, by the drop-in of its name, with its configuration."""
     import pygen.diffusers as ours
 
@@ -91,9 +91,7 @@ def _schedulers(target: Any) -> Iterator[Replacement | Left]:
         yield Replacement(target, "scheduler", new.from_config(scheduler.config))
 
 
-def _models(
-    target: Any, dtype: torch.dtype | None = None, approximations: Approximations = ()
-) -> Iterator[Replacement | Left | Done]:
+def _models(target: Any, dtype: torch.dtype | None = None, approximations: Approximations = ()) -> Found:
     """The models of a pipeline, or one by itself."""
     from diffusers import DiffusionPipeline, ModelMixin
 
@@ -113,7 +111,7 @@ def _models(
             yield from approximate(part, settings)  # on top of them
 
 
-def _rules(target: Any) -> Iterator[RuleOfAll]:
+def _rules(target: Any) -> Iterator[Rule]:
     """The rules for an object; a library that is not imported cannot have made it."""
     diffusers = sys.modules.get("diffusers")
     if diffusers is not None and isinstance(target, diffusers.DiffusionPipeline):

@@ -91,6 +91,16 @@ def stable_diffusion_3() -> tuple[nn.Module, Calls]:
     return model, [text | {"hidden_states": drawn(2, 4, 8, 8), "timestep": torch.tensor([30, 600])}]
 
 
+def stable_diffusion_3_5() -> tuple[nn.Module, Calls]:
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
+        num_attention_heads=3, joint_attention_dim=16, caption_projection_dim=24, pooled_projection_dim=12,
+        dual_attention_layers=(0, 1), qk_norm="rms_norm", pos_embed_max_size=12,
+    )  # fmt: skip
+    text = {"encoder_hidden_states": drawn(2, 5, 16, seed=1), "pooled_projections": drawn(2, 12, seed=2)}
+    return model, [text | {"hidden_states": drawn(2, 4, 10, 6), "timestep": torch.tensor([30, 600])}]
+
+
 def flux() -> tuple[nn.Module, Calls]:
     model = diffusers.FluxTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,

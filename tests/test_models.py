@@ -35,6 +35,7 @@ from tests.diffusers_models import (
     rounded,
     rounded_to,
     stable_diffusion_3,
+    stable_diffusion_3_5,
     unet,
     wide_autoencoder,
 )
@@ -63,16 +64,6 @@ def pixart_of_sizes() -> tuple[nn.Module, Calls]:
     sizes = {"resolution": torch.tensor([[64.0, 96.0]] * 2), "aspect_ratio": torch.tensor([[0.7], [1.2]])}
     call = {"timestep": torch.tensor([3, 900]), "encoder_hidden_states": drawn(2, 5, 10, seed=1)}
     return model, [call | {"hidden_states": drawn(2, 4, 8, 12), "added_cond_kwargs": sizes}]
-
-
-def stable_diffusion_3_5() -> tuple[nn.Module, Calls]:
-    model = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
-        num_attention_heads=3, joint_attention_dim=16, caption_projection_dim=24, pooled_projection_dim=12,
-        dual_attention_layers=(0, 1), qk_norm="rms_norm", pos_embed_max_size=12,
-    )  # fmt: skip
-    text = {"encoder_hidden_states": drawn(2, 5, 16, seed=1), "pooled_projections": drawn(2, 12, seed=2)}
-    return model, [text | {"hidden_states": drawn(2, 4, 10, 6), "timestep": torch.tensor([30, 600])}]
 
 
 def flux_dev() -> tuple[nn.Module, Calls]:

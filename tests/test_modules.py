@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnPro
 from torch import Tensor, nn
 
 import pygen
-from pygen.diffusers.modules import _dispatched
+from pygen.diffusers.attention import _dispatched
 from tests.diffusers_models import (
     autoencoder,
     built,
@@ -28,6 +28,7 @@ from tests.diffusers_models import (
     rounded,
     rounded_to,
     stable_diffusion_3,
+    stable_diffusion_3_5,
     unconditional,
     unet,
     unet_of_linear_projections,
@@ -37,9 +38,16 @@ from tests.error_rule import assert_error_rule
 
 MODELS = [
     unet, unet_of_linear_projections, unconditional, autoencoder, wide_autoencoder, dit, pixart, stable_diffusion_3,
-    flux,
+    stable_diffusion_3_5, flux,
 ]  # fmt: skip
 BY_MODEL = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+BLOCKS = {
+    dit: {"BasicTransformerBlock", "AdaLayerNormZero"},
+    pixart: {"BasicTransformerBlock"},
+    stable_diffusion_3: {"JointTransformerBlock", "AdaLayerNormZero", "AdaLayerNormContinuous"},
+    stable_diffusion_3_5: {"JointTransformerBlock", "SD35AdaLayerNormZeroX", "RMSNorm"},
+    flux: {"FluxTransformerBlock", "FluxSingleTransformerBlock", "AdaLayerNormZeroSingle", "RMSNorm"},
+}
 LACKING = {of: {"LayerNorm"} for of in (unconditional, autoencoder, wide_autoencoder)} | {flux: {"Conv2d"}}
 
 
@@ -54,7 +62,7 @@ def test_the_same_results_and_back(build: Any, dtype: torch.dtype) -> None:
         report = pygen.accelerate(model)
         found = {what.partition(" (")[0] for what in report.replaced}
         assert found >= {"Conv2d", "Linear", "LayerNorm", "attention"} - LACKING.get(build, set())
-        assert build not in (dit, pixart) or found >= {"BasicTransformerBlock", "GELU"}
+        assert build not in BLOCKS or found >= BLOCKS[build] | {"GELU"}
         assert report.left == []
         assert pygen.accelerate(model).replaced == []
         for _ in range(2):  # the second time, with what was kept
@@ -144,6 +152,27 @@ def test_a_block_that_is_called_otherwise_runs_as_before() -> None:
         torch.testing.assert_close(model(**given).sample, plain(**given).sample)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("change", ["fused projections", "another backend", "norms of other dtypes"])
+def test_joint_attention_that_is_changed_later(change: str) -> None:
+    model, (call, *_) = built(flux)
+    given = in_dtype(call, torch.float32)
+    plain = copy.deepcopy(model)
+    pygen.accelerate(model)
+    for of in (model, plain):
+        if change == "fused projections":
+            for block in (*of.transformer_blocks, *of.single_transformer_blocks):
+                block.attn.fuse_projections()
+        elif change == "another backend":
+            of.set_attention_backend("_native_math")
+        else:
+            for block in of.transformer_blocks:
+                block.attn.norm_added_q.bfloat16()
+                block.attn.norm_q.double()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**given).sample, plain(**given).sample)
+
+
 def test_inference_mode_autocast_and_wrong_dtypes_are_as_before() -> None:
     model, (call, _) = built(unet)
     plain, exact = rounded(copy.deepcopy(model), torch.float32)
@@ -163,7 +192,7 @@ def test_inference_mode_autocast_and_wrong_dtypes_are_as_before() -> None:
         model(**in_dtype(call, torch.float32) | {"sample": call["sample"].half()})
 
 
-@pytest.mark.parametrize("build", [unet, stable_diffusion_3], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [unet, stable_diffusion_3, flux], ids=lambda build: build.__name__)
 def test_a_copy_has_parameters_of_its_own(build: Any) -> None:
     model, (call, *_) = built(build)
     call = in_dtype(call, torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,7 @@ from pygen.diffusers.step_cache import step_cache
 from pygen.held import Held
 from pygen.models.int8 import bytes_are_exact, convolve_int8, project_int8
 from pygen.models.layers import convolve, project
-from pygen.patch import Approximations, Done, Left, Replacement
-
-Found = Iterator[Replacement | Left | Done]
+from pygen.patch import Approximations, Found, Left, Replacement
 
 
 def approximate(model: ModelMixin, settings: Mapping[str, Mapping[str, Any]]) -> Found:

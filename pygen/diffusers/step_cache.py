@@ -34,9 +34,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from pygen.models.layers import learning
-from pygen.patch import TAKEN, Done, Left, Replacement
-
-Found = Iterator[Replacement | Left | Done]
+from pygen.patch import TAKEN, Done, Found, Left, Replacement
 
 
 def step_cache(model: Any, interval: int = 3, threshold: float = 0.05) -> Found:

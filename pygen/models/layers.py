@@ -112,6 +112,13 @@ def project_gelu(module: nn.Linear, held: Held[Tensor], x: Tensor, approximate: 
     return _product(x, matrix, module.bias, gelu=approximate)
 
 
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether a linear layer is no more than its product: no adapter's, without hooks, and nobody else's forward."""
+    forward = vars(linear).get("forward")
+    ours = forward is None or getattr(forward, "func", None) is project
+    return type(linear) is nn.Linear and ours and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
 def _packed_matrix(weight: Tensor, x: Tensor) -> Tensor:
     """In oneDNN's order, which is made for so many rows as x has, and does for others."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), x.numel() // x.shape[-1])
@@ -257,6 +264,15 @@ class FeedForward(nn.Module):
 def heads_of(x: Tensor, heads: int) -> Tensor:
     """(batch, length, heads * head_dim) as (batch, heads, length, head_dim)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def joined(first: Sequence[Tensor], then: Sequence[Tensor]) -> list[Tensor]:
+    """Tokens and those behind them, in memory too as projections leave them, heads behind positions: so attention's
+    result is a view of what is projected next."""
+    return [
+        torch.cat([a.transpose(1, 2), b.transpose(1, 2)], dim=1).transpose(1, 2)
+        for a, b in zip(first, then, strict=True)
+    ]
 
 
 def attend(

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from pygen.held import Held
-from pygen.models.layers import FeedForward, Linear, Packed, RMSNorm, heads_of, may_hold, project_gelu, project_together
+from pygen.models.layers import (
+    FeedForward,
+    Linear,
+    Packed,
+    RMSNorm,
+    heads_of,
+    joined,
+    may_hold,
+    project_gelu,
+    project_together,
+)
 from pygen.models.transformer_layers import (
     ContinuousNorm,
     Modulation,
@@ -89,7 +99,7 @@ class JointAttention(nn.Module):
             turns = None if rotary is None else (rotary[0][:length], rotary[1])
             projections = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
             of_text = self._heads(text, projections, self.text_together, ("norm_added_q", "norm_added_k"), turns)
-            parts = [torch.cat(both, dim=2) for both in zip(of_text, parts, strict=True)]
+            parts = joined(of_text, parts)
         return attention(*parts).transpose(1, 2).flatten(2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,12 +9,12 @@ from torch import Tensor
 
 from pygen.ops.attention import attention
 from pygen.ops.decode_attention import decode_attention
-from pygen.patch import Left, Replacement
+from pygen.patch import Found, Left, Replacement
 
 NAME = "pygen"
 
 
-def implementation(target: Any) -> Iterator[Replacement | Left]:
+def implementation(target: Any) -> Found:
     """The rule for a transformers model whose attention is torch's."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

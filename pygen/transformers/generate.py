@@ -12,7 +12,7 @@ import inspect
 import json
 import threading
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from pygen.autoregressive.request import Request
 from pygen.files import CheckpointError, refuse
 from pygen.models.decoder import QUERIES
 from pygen.ops.packed_linear import WeightFormat
-from pygen.patch import Left, Replacement
+from pygen.patch import Found, Left, Replacement
 
 CACHE_TOKENS = 16384  # at the least; what no token has met takes no memory
 _DTYPES: dict[torch.dtype, WeightFormat] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -317,7 +317,7 @@ def _token_ids(value: Any) -> list[int]:
 
 def generation(
     target: Any, *, weights: WeightFormat | None = None, group: int | None = None, cache_tokens: int | None = None
-) -> Iterator[Replacement | Left]:
+) -> Found:
     """The rule for a causal language model: its ``generate``; options are those of ``Generate``."""
     check_packing(weights or "float32", group)
     if cache_tokens is not None and (type(cache_tokens) is not int or cache_tokens < 1):

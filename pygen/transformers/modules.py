@@ -7,7 +7,7 @@ by its forward's code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,9 @@ from torch.nn import functional
 
 from pygen.ops.gated_unit import geglu, swiglu
 from pygen.ops.row_norm import layer_norm, rms_norm, with_rows
-from pygen.patch import Left, Replacement, forwards
+from pygen.patch import Found, Left, Replacement, forwards
 from pygen.transformers.rope import has_rope, rotary
 
-Found = Iterator[Replacement | Left]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The names in the forward of a gated MLP, with two projections or a fused one, and its activation's.
 _TWO = ({"gate_proj", "up_proj", "act_fn", "down_proj"}, "act_fn")

@@ -7,7 +7,7 @@ share. So an accelerated module's forward is its class's own code that calls ano
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pygen.ops.rope import rope
 from pygen.ops.row_norm import with_rows
-from pygen.patch import Left, Replacement
+from pygen.patch import Found, Left, Replacement
 
 NAME, _OURS = "apply_rotary_pos_emb", "apply_rotary_pos_emb_by_pygen"
 _TABLE = "_pygen_rope_table"  # an attribute of the cosines, which all layers are given
@@ -30,7 +30,7 @@ def has_rope(module: nn.Module) -> bool:
     return code is not None and NAME in code.co_names
 
 
-def rotary(name: str, module: nn.Module) -> Iterator[Replacement | Left]:
+def rotary(name: str, module: nn.Module) -> Found:
     """The rule for an attention module."""
     forward: Any = type(module).forward
     if _turns_halves(forward.__globals__[NAME]):

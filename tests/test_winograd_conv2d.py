@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 import pygen
+from pygen import _C
+from pygen.models.layers import Conv2d
+from pygen.ops.winograd_conv2d import learning_winograd_conv2d
 from tests.error_rule import assert_error_rule
 
 
@@ -33,6 +36,33 @@ def test_errs_no_more_than_a_direct_convolution(channels: int, side: int, output
     assert found.is_contiguous(memory_format=torch.channels_last)
     truth = conv2d(x.double(), w.double(), b.double(), padding=1)
     assert_error_rule([(found, conv2d(x, w, b, padding=1), truth)])
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight", "bias")], ids=lambda names: "and".join(names) or "none")
+def test_learns_as_a_direct_convolution_does(frozen: tuple[str, ...]) -> None:
+    layer = Conv2d(128, 130, 3, padding=1)
+    given = {"x": channels_last(drawn(4, 128, 30, 18)), **dict(layer.named_parameters())}
+    of = [name for name in given if name not in frozen]
+    given["x"].requires_grad_()
+    grad = drawn(4, 130, 30, 18, seed=5)
+
+    def direct(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return conv2d(x, weight, bias, padding=1)
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = {n: t.detach().to(dtype).requires_grad_(n in of) for n, t in given.items()}
+        y = function(**leaves)
+        return [y.detach(), *torch.autograd.grad(y, [leaves[name] for name in of], grad.to(dtype))]
+
+    ours, same, truth = (run(f, t) for f, t in ((learning_winograd_conv2d, torch.float32), (direct, torch.float32),
+                                                (direct, torch.float64)))  # fmt: skip
+    assert_error_rule(list(zip(ours, same, truth, strict=True)))
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name in of)
+    y = layer(given["x"].detach().requires_grad_("x" in of))
+    assert type(y.grad_fn).__name__.startswith("_Learning") == _C.isa().startswith("avx512")
+    with torch.no_grad():
+        assert_error_rule([(layer(given["x"]), same[0], truth[0])])
 
 
 def test_the_same_bits_on_any_number_of_threads_and_in_any_batch() -> None:

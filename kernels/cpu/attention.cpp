@@ -40,18 +40,19 @@ struct Tile {
       return;
     }
     left = to, left_stride = layout.depth;
-    for (int64_t r = 0; r < rows; ++r) {
-      alignas(64) T row[kRowFloats] = {};
-      if (r < count) read_row(row, args, args.q, at(args.q, sample, head, first + r));
+    alignas(64) T row[kRowFloats] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      read_row(row, args, args.q, at(args.q, sample, head, first + r));
       std::memcpy(to + r * layout.depth, row, layout.depth * sizeof(T));
     }
+    std::fill(to + count * layout.depth, to + rows * layout.depth, T{});
   }
 
   // Keys from one to another, both within a block whose first has the number `begin`.
   void meet(const char* block, int64_t begin, int64_t from, int64_t to, bool first_block) {
     const int64_t here = (to - begin + 15) / 16 * 16;
     const Multiply product(args, layout, 128);
-    product(rows, here, layout.depth, left_stride, kKeys, kKeys, false, left, block, scores);
+    product(rows, here, layout.depth, left_stride, layout.panel, kKeys, false, left, block, scores);
     for (int64_t r = 0; r < rows; r += kLanes) {
       weigh(r, begin, from, to, here, first_block);
       for (int i = 0; args.dropout.philox.seed != nullptr && i < kLanes; ++i) drop(r + i, begin, here);
@@ -235,8 +236,8 @@ void attention_pack(const AttentionArgs& args, int64_t begin, int64_t end) {
     const int64_t key = unit % layout.blocks * kKeys, head = unit / layout.blocks % args.kv_heads;
     const int64_t sample = unit / layout.blocks / args.kv_heads, live = length_of(args, sample) - key;
     char* const block = args.packed + unit * layout.block_bytes;
-    pack(args, layout, args.k, at(args.k, sample, head, key), live, block, nullptr);
-    pack(args, layout, args.v, at(args.v, sample, head, key), live, nullptr, block + layout.key_bytes);
+    pack(args, layout, args.k, at(args.k, sample, head, key), live, layout.panel, block, nullptr);
+    pack(args, layout, args.v, at(args.v, sample, head, key), live, layout.panel, nullptr, block + layout.key_bytes);
   }
 }
 

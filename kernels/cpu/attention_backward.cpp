@@ -13,11 +13,20 @@ static_assert(Backward::kQueries == kQueries && kQueries == kKeys);  // that of 
 void write_grad_q(const AttentionBackwardArgs& args, const Backward& layout, int64_t sample, int64_t head, int64_t tile,
                   const float* transposed) {
   const int64_t first = tile * kQueries, count = std::min(kQueries, args.forward.queries - first);
-  for (int64_t r = 0; r < count; ++r) {
-    alignas(64) float row[kRowFloats];
-    for (int64_t d = 0; d < layout.sizes.width; ++d) row[d] = transposed[d * kQueries + r] * args.forward.scale;
-    narrow_to<kMostHeadDim>(args.grad_q, at(args.grad_q, sample, head, first + r), args.grad_q.stride[3], row,
-                            args.forward.head_dim);
+  alignas(64) float rows[kLanes][kRowFloats];
+  for (int64_t r = 0; r < count; r += kLanes) {
+    for (int64_t d = 0; d < layout.sizes.width; d += kLanes) {
+      F32 v[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        v[i] = load_bytes<F32>(transposed + (d + i) * kQueries + r) * splat(args.forward.scale, F32{});
+      }
+      transpose(v);
+      for (int i = 0; i < kLanes; ++i) std::memcpy(rows[i] + d, &v[i], sizeof v[i]);
+    }
+    for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - r); ++i) {
+      narrow_to<kMostHeadDim>(args.grad_q, at(args.grad_q, sample, head, first + r + i), args.grad_q.stride[3], rows[i],
+                              args.forward.head_dim);
+    }
   }
 }
 
@@ -99,16 +108,19 @@ struct Unit {
   void read(Keys& tile, int64_t first, int64_t count) {
     tile.first = first, tile.count = count, tile.met = false;
     tile.rows = (count + 15) / 16 * 16, tile.padded = (count + 31) / 32 * 32;
-    std::memset(tile.k_across, 0, kTileKeys * width * sizeof(T));
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      alignas(64) T row[2][kRowFloats] = {};
-      if (r < count) {
-        read_row(row[0], of, of.k, at(of.k, sample, kv_head, first + r));
-        read_row(row[1], of, of.v, at(of.v, sample, kv_head, first + r));
-      }
+    alignas(64) T row[2][kRowFloats] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      read_row(row[0], of, of.k, at(of.k, sample, kv_head, first + r));
+      read_row(row[1], of, of.v, at(of.v, sample, kv_head, first + r));
       std::memcpy(tile.k + r * depth, row[0], depth * sizeof(T));
       std::memcpy(tile.v + r * depth, row[1], depth * sizeof(T));
       for (int64_t d = 0; d < of.head_dim; ++d) tile.k_across[d * kTileKeys + r] = row[0][d];
+    }
+    std::fill(tile.k + count * depth, tile.k + tile.rows * depth, T{});
+    std::fill(tile.v + count * depth, tile.v + tile.rows * depth, T{});
+    for (int64_t d = 0; d < width; ++d) {
+      T* const across = tile.k_across + d * kTileKeys;
+      std::fill(across + (d < of.head_dim ? count : 0), across + tile.padded, T{});
     }
   }
 
@@ -121,20 +133,22 @@ struct Unit {
   void meet(int64_t head, int64_t tile) {
     const int64_t begin = tile * kQueries, count = std::min(kQueries, of.queries - begin);
     float* const sums = layout.units > 1 ? partial_of(args, layout, sample, head, unit, tile) : grad_q;
-    std::memset(sums, 0, width * kQueries * sizeof(float));
-    const auto sees = [&](const Keys& some) { return seen(some, begin, begin + count); };
-    if (std::any_of(keys, keys + tiles, sees)) pack(head, begin, count);
+    bool met = false;
     dropout = dropout_key(of, sample, head), rounds = PhiloxRounds(dropout.seed);
     for (int t = 0; t < tiles; ++t) {
-      if (sees(keys[t])) multiply(keys[t], head, begin, (count + 31) / 32 * 32, sums);
+      if (!seen(keys[t], begin, begin + count)) continue;
+      if (!met) pack(head, begin, count);
+      multiply(keys[t], head, begin, (count + 31) / 32 * 32, sums, met);
+      met = true;
     }
+    if (!met) std::memset(sums, 0, width * kQueries * sizeof(float));
     if (layout.units == 1) write_grad_q(args, layout, sample, head, tile, sums);
   }
 
   void pack(int64_t head, int64_t begin, int64_t count) {
     const int64_t of_grad = at(args.grad, sample, head, begin);
-    pack_panels<T>(of, layout.sizes, of.q, at(of.q, sample, head, begin), count, q_across, q_along);
-    pack_panels<T>(of, layout.sizes, args.grad, of_grad, count, grad_across, grad_along);
+    pack_panels<T>(of, layout.sizes, of.q, at(of.q, sample, head, begin), count, kQueries, q_across, q_along);
+    pack_panels<T>(of, layout.sizes, args.grad, of_grad, count, kQueries, grad_across, grad_along);
     std::fill_n(logsumexp, kQueries, kInfinity), std::fill_n(delta, kQueries, 0.0f);
     for (int64_t r = 0; r < count; ++r) {
       const float sum = of.logsumexp[(sample * of.heads + head) * of.queries + begin + r];
@@ -149,7 +163,7 @@ struct Unit {
     }
   }
 
-  void multiply(Keys& tile, int64_t head, int64_t begin, int64_t here, float* sums) {
+  void multiply(Keys& tile, int64_t head, int64_t begin, int64_t here, float* sums, bool add) {
     const Multiply product(of, layout.sizes, 64);
     product(tile.rows, here, depth, depth, kQueries, kQueries, false, tile.k, q_across, weights);
     product(tile.rows, here, depth, depth, kQueries, kQueries, false, tile.v, grad_across, slopes);
@@ -166,7 +180,7 @@ struct Unit {
     product(tile.rows, width, here, kQueries, width, width, tile.met, p, grad_along, tile.grad_v);
     product(tile.rows, width, here, kQueries, width, width, tile.met, ds, q_along, tile.grad_k);
     tile.met = true;
-    product(width, here, tile.padded, kTileKeys, kQueries, kQueries, true, tile.k_across, pairs, sums);
+    product(width, here, tile.padded, kTileKeys, kQueries, kQueries, add, tile.k_across, pairs, sums);
   }
 
   // The numbers of the weights of eight keys from one on.

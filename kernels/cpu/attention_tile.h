@@ -110,15 +110,16 @@ PYGEN_INLINE F32 weight_of(F32 x) {
 #endif
 }
 
-// Packs a block of kKeys rows of an operand from `offset` on, of which `live` are there: as what is multiplied from the
-// right, across (depth, kKeys) or along (kKeys, width), or both. A few rows at a time, so that lines are written whole;
-// what is behind the last 32 with a live one is not read, and not written.
+// Packs a block of at most kKeys rows of an operand from `offset` on, of which `live` are there: as what is multiplied
+// from the right, across (depth, panel) or along (rows, width), or both. A few rows at a time, so that lines are
+// written whole; what is behind the last 32 with a live one is not read, and not written.
 template <class T>
 void pack_panels(const AttentionArgs& args, const Layout& layout, const Operand& operand, int64_t offset, int64_t live,
-                 void* across_data, void* along_data) {
+                 int64_t panel, void* across_data, void* along_data) {
   constexpr int64_t kTogether = 16, kPair = 4 / sizeof(T);
   uint32_t *across = static_cast<uint32_t*>(across_data), *along = static_cast<uint32_t*>(along_data);
-  alignas(64) T rows[kTogether][kRowFloats] = {};
+  alignas(64) T rows[kTogether][kRowFloats];
+  const auto clear = [&](int64_t row, int64_t from) { std::fill(rows[row] + from, rows[row] + layout.width, T{}); };
   const int64_t end = std::min(kKeys, (live + 31) / 32 * 32);
   for (int64_t first = 0; first < end; first += kTogether) {
     const int64_t count = std::clamp<int64_t>(live - first, 0, kTogether);
@@ -126,8 +127,9 @@ void pack_panels(const AttentionArgs& args, const Layout& layout, const Operand&
       const int64_t row = offset + (first + n) * operand.stride[2];
       if (first + n + kTogether < live) fetch_row(args, operand, row + kTogether * operand.stride[2]);
       read_row(rows[n], args, operand, row);
+      clear(n, args.head_dim);
     }
-    if (count < kTogether) std::memset(rows[count], 0, sizeof rows[0] * (kTogether - count));
+    for (int64_t n = count; n < kTogether; ++n) clear(n, 0);
     const int64_t lines = layout.depth / kPair;
     for (int64_t n = 0; across != nullptr && n < kTogether; n += kLanes) {
       for (int64_t line = 0; line < lines; line += kLanes) {
@@ -135,7 +137,7 @@ void pack_panels(const AttentionArgs& args, const Layout& layout, const Operand&
         for (int i = 0; i < kLanes; ++i) v[i] = load_bytes<F32>(rows[n + i] + line * kPair);
         transpose(v);
         for (int i = 0; i < std::min<int64_t>(kLanes, lines - line); ++i) {
-          std::memcpy(across + (line + i) * kKeys + first + n, &v[i], sizeof v[i]);
+          std::memcpy(across + (line + i) * panel + first + n, &v[i], sizeof v[i]);
         }
       }
     }

@@ -54,11 +54,13 @@ PYGEN_INLINE double element(const Operand& operand, int64_t index, double otherw
 struct Statistics {
   double mean, reciprocal_deviation;
 
+  PYGEN_INLINE double factor(const GroupNormSiluArgs& args, int64_t channel) const {
+    return reciprocal_deviation * element(args.weight, channel, 1.0);
+  }
   PYGEN_INLINE Scale scale(const GroupNormSiluArgs& args, int64_t channel) const {
     const float center = static_cast<float>(mean);
-    const double factor = reciprocal_deviation * element(args.weight, channel, 1.0);
-    const double offset = element(args.bias, channel, 0.0) + (center - mean) * factor;
-    return {center, static_cast<float>(factor), static_cast<float>(offset)};
+    const double f = factor(args, channel), offset = element(args.bias, channel, 0.0) + (center - mean) * f;
+    return {center, static_cast<float>(f), static_cast<float>(offset)};
   }
 };
 
@@ -98,14 +100,20 @@ Moments block_moments(const char* from, int64_t count, float shift) {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) add(v, load<kDType>(from + (j + v * kLanes) * kSize) - shift);
     }
-    if (const int64_t rest = end - j; rest > 0) {
-      char padded[kPartials * kSize] = {};
-      std::memcpy(padded, from + j * kSize, rest * kSize);
-      for (int v = 0; v < kVectors; ++v) {
-        F32 away = load<kDType>(padded + v * kLanes * kSize) - shift;
-        for (int lane = 0; lane < kLanes; ++lane) away[lane] = v * kLanes + lane < rest ? away[lane] : 0.0f;
-        add(v, away);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t rest = end - j - v * kLanes;
+      if (rest <= 0) break;
+      const char* const at = from + (j + v * kLanes) * kSize;
+      if (rest >= kLanes) {
+        add(v, load<kDType>(at) - shift);
+        continue;
       }
+      char padded[kLanes * kSize] = {};
+      std::memcpy(padded, at, rest * kSize);
+      F32 away = load<kDType>(padded) - shift;
+      for (int lane = 0; lane < kLanes; ++lane) away[lane] = lane < rest ? away[lane] : 0.0f;
+      add(v, away);
     }
     for (int v = 0; v < kVectors; ++v) sum[v] += short_sum[v], square[v] += short_square[v];
   }

@@ -6,10 +6,10 @@
 namespace pygen::PYGEN_ISA {
 namespace {
 
-// What a channel's gradients are made with: z = away * factor + offset, where away = x - center; and
-// grad_x = dz * slope + away * tilt + shift.
-struct Coefficients {
-  float center, factor, offset, slope, tilt, shift;
+// With z = away * factor + offset, where away = x - center: grad_x = dz * factor + away * tilt + shift, the last two of
+// which are of a group.
+struct Slope {
+  float tilt, shift;
 };
 
 // The sums of dz and dz * away over a channel's pixels, and with them over a group's.
@@ -33,19 +33,11 @@ PYGEN_INLINE void keep(const GroupNormSiluBackwardArgs& args, const Statistics& 
   group.gradient += weight * sums.gradient, group.product += weight * product;
 }
 
-PYGEN_INLINE Coefficients coefficients_of(const GroupNormSiluBackwardArgs& args, const Statistics& statistics,
-                                          int64_t channel, const Sums& group) {
-  const Scale scale = statistics.scale(args.forward, channel);
-  const double count = static_cast<double>(args.forward.channels / args.forward.groups * args.forward.pixels);
+PYGEN_INLINE Slope slope_of(const GroupNormSiluArgs& args, const Statistics& statistics, const Sums& group) {
+  const double count = static_cast<double>(args.channels / args.groups * args.pixels);
   const double reciprocal = statistics.reciprocal_deviation, tilt = -group.product / count * reciprocal * reciprocal;
-  const double shift = -group.gradient / count * reciprocal + tilt * (scale.center - statistics.mean);
-  const double slope = reciprocal * element(args.forward.weight, channel, 1.0);
-  return {scale.center,
-          scale.factor,
-          scale.offset,
-          static_cast<float>(slope),
-          static_cast<float>(tilt),
-          static_cast<float>(shift)};
+  const double off_center = static_cast<float>(statistics.mean) - statistics.mean;
+  return {static_cast<float>(tilt), static_cast<float>(-group.gradient / count * reciprocal + tilt * off_center)};
 }
 
 // ---- Channel by channel --------------------------------------------------------------------------------------------
@@ -57,23 +49,31 @@ inline constexpr int64_t kTogether = kPartials;  // pixels
 template <DType kDType, class Visit>
 PYGEN_INLINE void each_pixel(const char* x, const char* grad, char* out, int64_t count, Visit visit) {
   constexpr int64_t kSize = size_of(kDType);
-  const auto run = [&](int64_t i, const char* from, const char* from_grad, char* to) __attribute__((always_inline)) {
+  const auto run = [&](int64_t v, int64_t i, const char* from, const char* from_grad, char* to)
+                       __attribute__((always_inline)) { visit(v, i, load<kDType>(from), load<kDType>(from_grad), to); };
+  const auto place = [&](int64_t i) { return out == nullptr ? nullptr : out + i * kSize; };
+  int64_t first = 0;
+  for (; first + kTogether <= count; first += kTogether) {
 #pragma GCC unroll 16
     for (int64_t v = 0; v < kTogether / kLanes; ++v) {
-      const int64_t at = v * kLanes * kSize;
-      visit(v, i + v * kLanes, load<kDType>(from + at), load<kDType>(from_grad + at), to == nullptr ? to : to + at);
+      const int64_t i = first + v * kLanes;
+      run(v, i, x + i * kSize, grad + i * kSize, place(i));
     }
-  };
-  int64_t i = 0;
-  for (; i + kTogether <= count; i += kTogether) {
-    run(i, x + i * kSize, grad + i * kSize, out == nullptr ? nullptr : out + i * kSize);
   }
-  if (i == count) return;
-  alignas(64) char padded[3][kTogether * kSize] = {};
-  std::memcpy(padded[0], x + i * kSize, (count - i) * kSize);
-  std::memcpy(padded[1], grad + i * kSize, (count - i) * kSize);
-  run(i, padded[0], padded[1], padded[2]);
-  if (out != nullptr) std::memcpy(out + i * kSize, padded[2], (count - i) * kSize);
+#pragma GCC unroll 16
+  for (int64_t v = 0; v < kTogether / kLanes; ++v) {
+    const int64_t i = first + v * kLanes, here = count - i;
+    if (here <= 0) break;
+    if (here >= kLanes) {
+      run(v, i, x + i * kSize, grad + i * kSize, place(i));
+      continue;
+    }
+    alignas(64) char padded[3][kLanes * kSize] = {};
+    std::memcpy(padded[0], x + i * kSize, here * kSize);
+    std::memcpy(padded[1], grad + i * kSize, here * kSize);
+    run(v, i, padded[0], padded[1], padded[2]);
+    if (out != nullptr) std::memcpy(place(i), padded[2], here * kSize);
+  }
 }
 
 // Keeps dz too, where there is room for it.
@@ -118,38 +118,33 @@ void by_channel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t g
     keep(args, statistics, sample, c, channel_sums<kDType>(at(of.x, c), at(args.grad, c), of.pixels, scale, kept(c)),
          sums);
   }
+  const auto all = [](float value) __attribute__((always_inline)) { return splat(value, F32{}); };
+  const Slope slope = slope_of(of, statistics, sums);
+  const F32 center = all(static_cast<float>(statistics.mean)), tilt = all(slope.tilt), shift = all(slope.shift);
   for (int64_t c = first; c < first + channels; ++c) {
-    const Coefficients k = coefficients_of(args, statistics, c, sums);
-    const auto all = [](float value) __attribute__((always_inline)) { return splat(value, F32{}); };
-    const F32 center = all(k.center), factor = all(k.factor), offset = all(k.offset);
-    const F32 slope = all(k.slope), tilt = all(k.tilt), shift = all(k.shift);
-    const float* const of_channel = kept(c);
-    const auto run = [&](auto is_kept) __attribute__((always_inline)) {
+    const F32 factor = all(static_cast<float>(statistics.factor(of, c)));
+    const auto run = [&](auto dz_of) __attribute__((always_inline)) {
       each_pixel<kDType>(at(of.x, c), at(args.grad, c), at(args.grad_x, c), of.pixels,
                          [&](int64_t, int64_t i, F32 value, F32 g, char* to) __attribute__((always_inline)) {
                            const F32 away = value - center;
-                           F32 dz;
-                           if constexpr (is_kept.value) {
-                             dz = load_bytes<F32>(of_channel + i);
-                           } else {
-                             dz = gradient_of_z(away, g, factor, offset);
-                           }
-                           store<kDType>(to, fma(dz, slope, fma(away, tilt, shift)));
+                           store<kDType>(to, fma(dz_of(i, away, g), factor, fma(away, tilt, shift)));
                          });
     };
-    keeps ? run(std::true_type{}) : run(std::false_type{});
+    if (keeps) {
+      const float* const of_channel = kept(c);
+      run([&](int64_t i, F32, F32) __attribute__((always_inline)) { return load_bytes<F32>(of_channel + i); });
+    } else {
+      const F32 offset = all(statistics.scale(of, c).offset);
+      run([&](int64_t, F32 away, F32 g)
+              __attribute__((always_inline)) { return gradient_of_z(away, g, factor, offset); });
+    }
   }
 }
 
 // ---- Pixel by pixel ------------------------------------------------------------------------------------------------
 
 struct SlotCoefficients {
-  Slots center, factor, offset, slope, tilt, shift;
-
-  void set(int64_t slot, const Coefficients& k) {
-    center.at[slot] = k.center, factor.at[slot] = k.factor, offset.at[slot] = k.offset;
-    slope.at[slot] = k.slope, tilt.at[slot] = k.tilt, shift.at[slot] = k.shift;
-  }
+  Slots center, factor, offset, tilt, shift;
 };
 
 // Of a block: few, so that sums of float lose little, and the first-level cache holds them.
@@ -198,13 +193,17 @@ void by_pixel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t gro
             Rows<kDType>(args.grad, sample, tile, width, copies[1]));
     }
   };
-  const auto set = [&](const Rows<kDType>& rows, int64_t tile, int64_t width) {
+  const auto each_slot = [&](const Rows<kDType>& rows, int64_t tile, int64_t width, auto visit) {
     for (int64_t slot = 0; slot < rows.vectors * kLanes; ++slot) {
       const int64_t c = rows.channel(slot);
       if (c >= width) break;
-      const int64_t g = (tile + c - begin) / channels;
-      k.set(slot, coefficients_of(args, statistics[g], tile + c, sums[g]));
+      visit(slot, tile + c, (tile + c - begin) / channels);
     }
+  };
+  const auto scale = [&](int64_t slot, int64_t channel, int64_t g) {
+    const Scale of_channel = statistics[g].scale(of, channel);
+    k.center.at[slot] = of_channel.center, k.factor.at[slot] = of_channel.factor;
+    k.offset.at[slot] = of_channel.offset;
   };
 
   each_tile([&](int64_t tile, int64_t width, const Rows<kDType>& rows, const Rows<kDType>&) {
@@ -221,7 +220,7 @@ void by_pixel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t gro
     const int64_t slots = x.vectors * kLanes;
     double gradients[kChannelTile] = {}, products[kChannelTile] = {};
     Slots gradient = {}, product = {};
-    set(x, tile, width);
+    each_slot(x, tile, width, scale);
     const auto visit = [&](int64_t v, auto over) __attribute__((always_inline)) {
       const F32 center = k.center.vector(v), factor = k.factor.vector(v), offset = k.offset.vector(v);
       F32 a{}, b{};
@@ -240,15 +239,20 @@ void by_pixel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t gro
     }
   });
 
+  Slope slopes[kChannelTile];
+  for (int64_t g = 0; g < of.unit; ++g) slopes[g] = slope_of(of, statistics[g], sums[g]);
   each_tile([&](int64_t tile, int64_t width, const Rows<kDType>& x, const Rows<kDType>& grad) {
     const Rows<kDType> out(args.grad_x, sample, tile, width, copies[2]);
-    set(x, tile, width);
+    each_slot(x, tile, width, [&](int64_t slot, int64_t channel, int64_t g) {
+      scale(slot, channel, g);
+      k.tilt.at[slot] = slopes[g].tilt, k.shift.at[slot] = slopes[g].shift;
+    });
     const auto visit = [&](int64_t v, auto over) __attribute__((always_inline)) {
       const F32 center = k.center.vector(v), factor = k.factor.vector(v), offset = k.offset.vector(v);
-      const F32 slope = k.slope.vector(v), tilt = k.tilt.vector(v), shift = k.shift.vector(v);
+      const F32 tilt = k.tilt.vector(v), shift = k.shift.vector(v);
       over([&](F32 value, F32 g, char* to) __attribute__((always_inline)) {
         const F32 away = value - center, dz = gradient_of_z(away, g, factor, offset);
-        store<kDType>(to, fma(dz, slope, fma(away, tilt, shift)));
+        store<kDType>(to, fma(dz, factor, fma(away, tilt, shift)));
       });
     };
     each_row<kDType>(x, grad, &out, of.pixels, visit, [] {});

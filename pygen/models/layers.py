@@ -17,7 +17,7 @@ from pygen.ops.backend import reference_is_asked_for
 from pygen.ops.gated_unit import geglu
 from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.row_norm import layer_norm, rms_norm, with_rows
-from pygen.ops.winograd_conv2d import winograd_conv2d, winograd_weight
+from pygen.ops.winograd_conv2d import learning_winograd_conv2d, winograd_conv2d, winograd_weight
 
 
 def learning(*tensors: Tensor | None) -> bool:
@@ -26,11 +26,15 @@ def learning(*tensors: Tensor | None) -> bool:
 
 def packs(module: nn.Conv2d | nn.Linear, x: Tensor) -> bool:
     """Whether oneDNN computes it as torch would, on a packed weight, and nothing learns by it."""
+    return _computes(module, x) and not learning(x, module.weight, module.bias)
+
+
+def _computes(module: nn.Conv2d | nn.Linear, x: Tensor) -> bool:
+    """Whether it is for this package to compute, as torch would."""
     return (
         x.device.type == "cpu"
         and x.dtype == module.weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
-        and not learning(x, module.weight, module.bias)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not reference_is_asked_for()
@@ -43,6 +47,8 @@ Convolution = Callable[[Tensor], Tensor]
 def convolve(module: nn.Conv2d, held: Held[Convolution], x: Tensor) -> Tensor:
     """``module``'s convolution, channels-last."""
     if not packs(module, x):
+        if _learns_by_winograd(module, x):
+            return learning_winograd_conv2d(x, module.weight, module.bias)
         return nn.Conv2d.forward(module, x)
     x = x.contiguous(memory_format=torch.channels_last)
     return held.get((module.weight,), lambda: _packed_convolution(module, x))(x)
@@ -55,14 +61,28 @@ def _packed_convolution(module: nn.Conv2d, x: Tensor) -> Convolution:
     if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0) and module.groups == 1:
         matrix = _packed_matrix(module.weight.flatten(1), x.permute(0, 2, 3, 1))
         return lambda x: _product(x.permute(0, 2, 3, 1), matrix, module.bias).permute(0, 3, 1, 2)
-    many = min(module.weight.shape[:2]) >= 64 and _C.isa().startswith("avx512")  # else products are slower than oneDNN
-    if _is_3x3(module) and x.dtype == torch.float32 and many:
+    if _by_winograd(module, x):
         transformed = winograd_weight(module.weight)
         return lambda x: winograd_conv2d(x, transformed, module.bias, out_channels=module.out_channels)
     how = (module.padding, module.stride, module.dilation, module.groups)
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
     weight = reorder(module.weight.detach().to_mkldnn(), *how, list(x.shape))
     return lambda x: torch.ops.mkldnn._convolution_pointwise(x, weight, module.bias, *how, "none", [], "")
+
+
+def _by_winograd(module: nn.Conv2d, x: Tensor) -> bool:
+    """Else its products are slower than oneDNN's."""
+    many = min(module.weight.shape[:2]) >= 64 and _C.isa().startswith("avx512")
+    return _is_3x3(module) and x.dtype == torch.float32 and many
+
+
+def _learns_by_winograd(module: nn.Conv2d, x: Tensor) -> bool:
+    """Where so much is multiplied that a weight may be transformed at every step."""
+    if x.dim() != 4 or not learning(x, module.weight, module.bias) or not _computes(module, x):
+        return False
+    pixels, side = x.numel() // x.shape[1], min(x.shape[2:])
+    enough = side >= 8 and pixels >= 2048 and pixels * module.weight.numel() >= 9 << 25
+    return enough and _by_winograd(module, x)
 
 
 def _is_3x3(module: nn.Conv2d) -> bool:

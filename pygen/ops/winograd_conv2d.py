@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pygen.ops.backend import use_reference
@@ -37,17 +39,19 @@ def winograd_weight(weight: Tensor) -> Tensor:
         raise ValueError(f"winograd_weight: weight must have shape (out_channels, channels, 3, 3), got {weight.shape}")
     g = weight.detach().float().permute(2, 3, 1, 0).contiguous()
     g = functional.pad(g, (0, -g.shape[3] % _PANEL)).unflatten(3, (-1, _PANEL)).transpose(2, 3)
-    planes = g.new_empty(4, 4, *g.shape[2:])
-    for row, taps in zip(planes, _by_g(*g), strict=True):
-        for plane, values in zip(row, _by_g(*taps), strict=True):
-            plane.copy_(values)
+    rows, planes = g.new_empty(4, 3, *g.shape[2:]), g.new_empty(4, 4, *g.shape[2:])
+    _by_g(g, rows)
+    _by_g(rows.transpose(0, 1), planes.transpose(0, 1))
     return planes.flatten(0, 1)
 
 
-def _by_g(first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Times the matrix G, whose rows are (1, 0, 0), (1, 1, 1) / 2, (1, -1, 1) / 2 and (0, 0, 1)."""
-    sides = first + third
-    return first, (sides + second).mul_(0.5), (sides - second).mul_(0.5), third
+def _by_g(taps: Tensor, out: Tensor) -> None:
+    """The matrix G, whose rows are (1, 0, 0), (1, 1, 1) / 2, (1, -1, 1) / 2 and (0, 0, 1), times three taps."""
+    sides = torch.add(taps[0], taps[2], out=out[2])
+    torch.add(sides, taps[1], out=out[1])
+    sides.sub_(taps[1])
+    out[1:3].mul_(0.5)
+    out[::3].copy_(taps[::2])
 
 
 def winograd_conv2d(
@@ -79,6 +83,42 @@ def winograd_conv2d(
         return out.copy_(winograd_conv2d_reference(x, weight, bias, out_channels=out_channels))
     _kernel(x, weight, bias, out_channels, out)
     return out
+
+
+def learning_winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """conv2d(x, weight, bias, padding=1), once differentiable: by these products, x's gradient too.
+
+    Args:
+        x: (batch, channels, height, width), float32.
+        weight: (out_channels, channels, 3, 3), and bias: (out_channels,) or None; likewise.
+
+    Returns:
+        (batch, out_channels, height, width), channels-last.
+    """
+    y: Tensor = _Learning.apply(x, weight, bias)
+    return y
+
+
+class _Learning(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x, weight)
+        return winograd_conv2d(x, winograd_weight(weight), bias, out_channels=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        of_x, *of_parameters = ctx.needs_input_grad
+        grad_x = None
+        if of_x:  # by the kernel turned round
+            turned = winograd_weight(weight.flip(2, 3).transpose(0, 1))
+            grad_x = winograd_conv2d(grad, turned, out_channels=x.shape[1])
+        how = ([len(weight)], (1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # sizes of the bias, stride, padding, dilation
+        _, *rest = torch.ops.aten.convolution_backward(grad, x, weight, *how, (False, *of_parameters))
+        return grad_x, *rest
 
 
 def winograd_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, *, out_channels: int) -> Tensor:

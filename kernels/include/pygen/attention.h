@@ -46,7 +46,7 @@ struct AttentionLayout {
   static constexpr int64_t kQueries = 256, kKeys = 256;  // of a tile
   bool halves;                                           // bfloat16
   int64_t depth, width;                                  // padded head_dim: of keys, of values
-  int64_t blocks;                                        // of keys
+  int64_t blocks, panel;                                 // of keys; of how many columns one has room for
   int64_t key_bytes, block_bytes, bytes;
 
   constexpr explicit AttentionLayout(const AttentionArgs& args) {
@@ -55,9 +55,10 @@ struct AttentionLayout {
     depth = (args.head_dim + 1) / 2 * 2;
     width = (args.head_dim + 15) / 16 * 16;
     blocks = (args.keys + kKeys - 1) / kKeys;
+    panel = args.keys < kKeys ? (args.keys + 31) / 32 * 32 : kKeys;
     const int64_t size = halves ? 2 : 4;
-    key_bytes = depth * kKeys * size;  // (depth, kKeys), and behind it (kKeys, width)
-    block_bytes = key_bytes + width * kKeys * size;
+    key_bytes = depth * panel * size;  // (depth, panel), and behind it (panel, width)
+    block_bytes = key_bytes + width * panel * size;
     bytes = args.batch * args.kv_heads * blocks * block_bytes;
   }
 };

@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
+WARPS = 8
 _TILE = 4096
-_WARPS = 8
+
+
+@triton.jit
+def statistics(x, x_channel, x_pixel, c, p, channels, pixels, eps, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
+    """Of a group from x on: its mean, as float32 has it, what that lacks, and the standard deviation."""
+    count = 1.0 * channels * pixels
+    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    for c0 in range(0, channels, CHANNELS):
+        for p0 in range(0, pixels, PIXELS):
+            inside = (c0 + c < channels) & (p0 + p < pixels)
+            sums += tl.load(x + (c0 + c) * x_channel + (p0 + p) * x_pixel, inside, 0.0).to(tl.float32)
+    mean = tl.sum(sums) / count
+
+    # Deviations from the rounded mean tell what the rounding left.
+    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    squares = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    for c0 in range(0, channels, CHANNELS):
+        for p0 in range(0, pixels, PIXELS):
+            inside = (c0 + c < channels) & (p0 + p < pixels)
+            value = tl.load(x + (c0 + c) * x_channel + (p0 + p) * x_pixel, inside, 0.0).to(tl.float32)
+            away = tl.where(inside, value - mean, 0.0)
+            sums += away
+            squares += away * away
+    left = tl.sum(sums) / count
+    deviation = tl.sqrt_rn(tl.sum(squares) / count - left * left + eps)
+    return mean, left, deviation
+
+
+@triton.jit
+def scale_and_shift(weight, weight_stride, bias, bias_stride, channel, inside):
+    """Of channels: weight and bias, 1 and 0 where there is none."""
+    scale, shift = tl.where(inside, 1.0, 0.0), tl.where(inside, 0.0, 0.0)
+    if weight is not None:
+        scale = tl.load(weight + channel * weight_stride, inside, 0.0).to(tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + channel * bias_stride, inside, 0.0).to(tl.float32)
+    return scale, shift
 
 
 @triton.jit
@@ -40,35 +77,12 @@ def _group_norm_silu(
     out += sample * out_sample + first * out_channel
     c = tl.arange(0, CHANNELS).to(tl.int64)[:, None]
     p = tl.arange(0, PIXELS).to(tl.int64)[None, :]
-    count = 1.0 * channels * pixels
 
-    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    mean, left, deviation = statistics(x, x_channel, x_pixel, c, p, channels, pixels, eps, CHANNELS, PIXELS)
     for c0 in range(0, channels, CHANNELS):
-        for p0 in range(0, pixels, PIXELS):
-            inside = (c0 + c < channels) & (p0 + p < pixels)
-            sums += tl.load(x + (c0 + c) * x_channel + (p0 + p) * x_pixel, inside, 0.0).to(tl.float32)
-    mean = tl.sum(sums) / count
-
-    # Deviations from the rounded mean tell what the rounding left.
-    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
-    squares = tl.zeros([CHANNELS, PIXELS], tl.float32)
-    for c0 in range(0, channels, CHANNELS):
-        for p0 in range(0, pixels, PIXELS):
-            inside = (c0 + c < channels) & (p0 + p < pixels)
-            value = tl.load(x + (c0 + c) * x_channel + (p0 + p) * x_pixel, inside, 0.0).to(tl.float32)
-            away = tl.where(inside, value - mean, 0.0)
-            sums += away
-            squares += away * away
-    left = tl.sum(sums) / count
-    deviation = tl.sqrt_rn(tl.sum(squares) / count - left * left + eps)
-
-    for c0 in range(0, channels, CHANNELS):
-        factor = tl.full([CHANNELS, 1], 1.0, tl.float32) / deviation
-        offset = tl.zeros([CHANNELS, 1], tl.float32)
-        if weight is not None:
-            factor *= tl.load(weight + (first + c0 + c) * weight_stride, c0 + c < channels, 0.0).to(tl.float32)
-        if bias is not None:
-            offset += tl.load(bias + (first + c0 + c) * bias_stride, c0 + c < channels, 0.0).to(tl.float32)
+        channel = first + c0 + c
+        scale, offset = scale_and_shift(weight, weight_stride, bias, bias_stride, channel, c0 + c < channels)
+        factor = scale / deviation
         for p0 in range(0, pixels, PIXELS):
             inside = (c0 + c < channels) & (p0 + p < pixels)
             value = tl.load(x + (c0 + c) * x_channel + (p0 + p) * x_pixel, inside, 0.0).to(tl.float32)
@@ -84,33 +98,39 @@ def launch(
     strides = [0 if parameter is None else parameter.stride(0) for parameter in (weight, bias)]
     _group_norm_silu[(samples * groups,)](
         x, weight, bias, out, *x.stride(), *out.stride(), *strides, groups, channels // groups, pixels, eps,
-        **_tile(channels // groups, pixels, by_pixel=x.stride(1) < x.stride(2)), num_warps=_WARPS,
+        **tile(channels // groups, pixels, by_pixel=x.stride(1) < x.stride(2)), num_warps=WARPS,
     )  # fmt: skip
 
 
-def _tile(channels: int, pixels: int, by_pixel: bool) -> dict[str, int]:
+def tile(channels: int, pixels: int, by_pixel: bool, most: int = _TILE) -> dict[str, int]:
     """As much as there is of what is contiguous in memory, then of the other."""
     sizes = {"CHANNELS": triton.next_power_of_2(channels), "PIXELS": triton.next_power_of_2(pixels)}
     inner, outer = ("CHANNELS", "PIXELS") if by_pixel else ("PIXELS", "CHANNELS")
-    tile = {inner: min(sizes[inner], _TILE)}
-    return tile | {outer: min(sizes[outer], _TILE // tile[inner])}
+    first = min(sizes[inner], most)
+    return {inner: first, outer: min(sizes[outer], most // first)}
 
 
 def sources(dtype: str) -> Iterator[tuple[ASTSource, dict[str, Any]]]:
     """The kernel for a U-Net's activations in "fp32", "bf16" or "fp16", in both memory formats, and for groups of one
     channel; with options."""
-    pointers = dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}")
-    strides = ("x_sample", "x_channel", "x_pixel", "out_sample", "out_channel", "out_pixel")
+    yield from sources_of(_group_norm_silu, ("x", "out"), dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}"))
+
+
+def sources_of(
+    kernel: Any, images: Sequence[str], pointers: dict[str, str], most: int = _TILE
+) -> Iterator[tuple[ASTSource, dict[str, Any]]]:
+    """A kernel that walks images by groups; pointers: all tensors, with their types."""
+    names = kernel.arg_names
+    strides = [f"{image}_{unit}" for image in images for unit in ("sample", "channel", "pixel")]
     ints = dict.fromkeys((*strides, "groups", "channels", "pixels"), "i32")
     for channels, by_pixel in ((10, False), (10, True), (1, False)):
-        tile = _tile(channels, 4096, by_pixel)
         unit = "channel" if by_pixel else "pixel"
-        constants = {f"x_{unit}": 1, f"out_{unit}": 1, "weight_stride": 1, "bias_stride": 1} | tile
+        constants = {f"{image}_{unit}": 1 for image in images} | {"weight_stride": 1, "bias_stride": 1}
+        constants |= tile(channels, 4096, by_pixel, most)
         if channels == 1:
             constants["channels"] = 1  # as Triton has it for every 1
         types = pointers | ints | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
-        names = _group_norm_silu.arg_names
         aligned = [n for n in (*pointers, *strides, "pixels") if n not in constants]
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         signature = {name: types[name] for name in names}
-        yield ASTSource(_group_norm_silu, signature, constants, attributes), {"num_warps": _WARPS}
+        yield ASTSource(kernel, signature, constants, attributes), {"num_warps": WARPS}

@@ -29,7 +29,7 @@ def group_norm_silu(
 ) -> Tensor:
     """silu(group_norm(x)): statistics in float32 or better, whatever x's mean; one rounding to x's dtype at the end.
 
-    Differentiable; its backward pass makes the statistics again, and runs on the CPU alone.
+    Differentiable, once; the backward pass makes the statistics again.
 
     On a CPU the (sample, group) pairs are shared among the threads, neighbouring groups together where x is
     channels-last: where there are fewer pairs than threads, some threads rest.
@@ -106,12 +106,14 @@ def group_norm_silu_backward(
     Returns:
         ``grad_x``.
     """
-    if use_reference("group_norm_silu_backward", ("reference", "cpu"), x.device):
+    if use_reference("group_norm_silu_backward", _BACKENDS, x.device):
         results = group_norm_silu_backward_reference(x, grad, weight, bias, groups, eps)
         for tensor, result in zip((grad_x, channel_sums), results, strict=True):
             tensor.copy_(result)
-        return grad_x
-    _backward_kernel(x, grad, weight, bias, groups, eps, grad_x, channel_sums)
+    elif use_triton("group_norm_silu_backward", x.device):
+        _triton_backward(x, grad, weight, bias, groups, eps, grad_x, channel_sums)
+    else:
+        _backward_kernel(x, grad, weight, bias, groups, eps, grad_x, channel_sums)
     return grad_x
 
 
@@ -164,7 +166,7 @@ def _fake(*arguments: object) -> None:
 
 
 def _triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, out: Tensor) -> None:
-    samples, channels = _check(x, weight, bias, groups, out)
+    samples, channels = _check("group_norm_silu", x, weight, bias, groups, out=out)
     if x.numel() == 0:
         return
     # (samples, channels, pixels); a view, or the spatial dimensions do not merge.
@@ -176,38 +178,60 @@ def _triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, 
 torch.library.impl("pygen::group_norm_silu", "CUDA", _triton)
 
 
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, out: Tensor) -> tuple[int, int]:
-    """What csrc checks for the CPU."""
+def _triton_backward(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    grad_x: Tensor,
+    channel_sums: Tensor,
+) -> None:
+    op = "group_norm_silu's backward pass"
+    _check(op, x, weight, bias, groups, grad=grad, grad_x=grad_x)
+    size = (*x.shape[:2], 2)
+    if channel_sums.shape != size or channel_sums.dtype != torch.float32 or not channel_sums.is_contiguous():
+        raise ValueError(f"{op}: channel_sums must be float32, contiguous, of shape {list(size)}")
+    if x.numel() == 0:
+        channel_sums.zero_()
+        return
+    x, grad, grad_x = (_merge_pixels(name, t) for name, t in (("x", x), ("grad", grad), ("grad_x", grad_x)))
+    with torch.cuda.device_of(x):
+        triton_kernels("group_norm_silu_backward").launch(x, grad, weight, bias, groups, eps, grad_x, channel_sums)
+
+
+torch.library.impl("pygen::group_norm_silu_backward", "CUDA", _triton_backward)
+
+
+def _check(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, **like: Tensor
+) -> tuple[int, int]:
+    """What csrc checks for the CPU; like: tensors of x's shape and dtype."""
     if x.dim() < 2:
-        raise ValueError(f"group_norm_silu: x must have shape (samples, channels, ...), got {list(x.shape)}")
+        raise ValueError(f"{op}: x must have shape (samples, channels, ...), got {list(x.shape)}")
     samples, channels = x.shape[:2]
     if groups < 1 or channels % groups:
-        raise ValueError(f"group_norm_silu: groups must divide x's {channels} channels, got {groups}")
+        raise ValueError(f"{op}: groups must divide x's {channels} channels, got {groups}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"group_norm_silu: x must be float32, bfloat16 or float16, got {x.dtype}")
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(
-            f"group_norm_silu: out must have x's shape {list(x.shape)} and dtype {x.dtype}, "
-            f"got {list(out.shape)} and {out.dtype}"
-        )
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
+        raise TypeError(f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}")
+    for name, tensor in like.items():
+        if tensor.shape != x.shape or tensor.dtype != x.dtype:
+            raise ValueError(
+                f"{op}: {name} must have x's shape {list(x.shape)} and dtype {x.dtype}, "
+                f"got {list(tensor.shape)} and {tensor.dtype}"
+            )
+    parameters = {name: tensor for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
+    for name, parameter in parameters.items():
         if parameter.shape != (channels,):
-            raise ValueError(f"group_norm_silu: {name} must have shape ({channels},), got {list(parameter.shape)}")
+            raise ValueError(f"{op}: {name} must have shape ({channels},), got {list(parameter.shape)}")
         if parameter.dtype not in (x.dtype, torch.float32):
-            raise TypeError(
-                f"group_norm_silu: {name} must have x's dtype {x.dtype} or be float32, got {parameter.dtype}"
-            )
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("out", out)):
-        if tensor is None:
-            continue
+            raise TypeError(f"{op}: {name} must have x's dtype {x.dtype} or be float32, got {parameter.dtype}")
+    for name, tensor in {"x": x, **parameters, **like}.items():
         if tensor.device != x.device:
-            raise ValueError(f"group_norm_silu: {name} must lie on x's device {x.device}, got {tensor.device}")
+            raise ValueError(f"{op}: {name} must lie on x's device {x.device}, got {tensor.device}")
         if torch.is_grad_enabled() and tensor.requires_grad:
-            raise RuntimeError(
-                f"group_norm_silu is not differentiable, and {name} requires grad: call it under torch.no_grad()"
-            )
+            raise RuntimeError(f"{op} is not differentiable, and {name} requires grad: call it under torch.no_grad()")
     return samples, channels
 
 
@@ -337,7 +361,7 @@ GROUP_NORM_SILU_BACKWARD = OpSpec(
     reference=lambda grad_x, channel_sums, **arguments: group_norm_silu_backward_reference(**arguments),
     operator=_backward_kernel,
     outputs=("grad_x", "channel_sums"),
-    backends=("reference", "cpu"),
+    backends=_BACKENDS,
     examples=lambda dtype: _backward_of(_examples(dtype)),
     bytes_moved=lambda example: 3 * tensor_bytes(example.arguments["x"]),
     flops=lambda example: 60 * example.arguments["x"].numel(),

@@ -6,6 +6,7 @@ convolutions have fewer.
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
@@ -121,6 +122,8 @@ def by_openvino(name: str, dtype: torch.dtype) -> Callable[[], object]:
     def made() -> tuple[Any, list[Any]]:
         import openvino
 
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(0)  # which glibc keeps of what was freed
         given = inputs(name, torch.float32, CHECKED_SIDE if name == "small" else SIDE)
         with torch.no_grad():
             converted = openvino.convert_model(_Sample(model(name), list(given)), example_input=tuple(given.values()))

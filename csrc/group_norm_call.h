@@ -99,14 +99,17 @@ class GroupNormCall {
  private:
   void parameter(Operand& operand, const char* name, const std::optional<at::Tensor>& tensor) const {
     if (!tensor.has_value()) return;
-    TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == args.channels, op_, ": ", name, " must have shape (",
-                      args.channels, ",), got ", tensor->sizes());
+    const bool of_sample = tensor->dim() == 2 && tensor->size(0) == x_.size(0);
+    TORCH_CHECK_VALUE((tensor->dim() == 1 || of_sample) && tensor->size(-1) == args.channels, op_, ": ", name,
+                      " must have shape (", args.channels, ",) or (", x_.size(0), ", ", args.channels, "), got ",
+                      tensor->sizes());
     TORCH_CHECK_TYPE(tensor->scalar_type() == x_.scalar_type() || tensor->scalar_type() == at::kFloat, op_, ": ", name,
                      " must have x's dtype ", x_.scalar_type(), " or be float32, got ", tensor->scalar_type());
     check_no_grad(op_, name, *tensor);
     operand.data = tensor->data_ptr();
     operand.dtype = kernel_dtype(op_, name, *tensor);
-    operand.stride[0] = tensor->stride(0);
+    operand.stride[0] = of_sample ? tensor->stride(0) : 0;
+    operand.stride[1] = tensor->stride(-1);
   }
 
   void place(Operand& operand, const at::Tensor& tensor) const {

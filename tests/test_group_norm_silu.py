@@ -31,9 +31,12 @@ def test_threads_and_batch_do_not_matter_to_the_bit(memory_format: torch.memory_
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_err_no_more_than_torchs(memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("of", [(96,), (3, 96)], ids=["of all", "of a sample"])
+def test_gradients_err_no_more_than_torchs(
+    memory_format: torch.memory_format, dtype: torch.dtype, of: tuple[int, ...]
+) -> None:
     x, grad = (drawn.to(dtype).to(memory_format=memory_format) for drawn in torch.randn(2, 3, 96, 9, 11))
-    weight, bias = torch.randn(2, 96).to(dtype)
+    weight, bias = torch.randn(2, *of).to(dtype)
 
     def gradients(function: Callable[..., Tensor], to: torch.dtype) -> list[Tensor]:
         leaves = [tensor.to(to).requires_grad_() for tensor in (x.clone(), weight.clone(), bias.clone())]
@@ -41,7 +44,10 @@ def test_gradients_err_no_more_than_torchs(memory_format: torch.memory_format, d
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     def by_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32, weight, bias))
+        if weight.dim() == 1:
+            return torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32, weight, bias))
+        y = torch.nn.functional.group_norm(x, 32)
+        return torch.nn.functional.silu(y * weight[:, :, None, None] + bias[:, :, None, None])
 
     ours = gradients(lambda *leaves: pygen.group_norm_silu(*leaves, 32), dtype)
     assert ours[0].is_contiguous(memory_format=memory_format)
@@ -52,7 +58,7 @@ def test_gradients_err_no_more_than_torchs(memory_format: torch.memory_format, d
 
 
 def test_gradients_are_those_of_the_reference() -> None:
-    x, weight, bias = (torch.randn(size, dtype=torch.float64).requires_grad_() for size in ((2, 6, 3, 4), (6,), (6,)))
+    x, weight, bias = (torch.randn(size, dtype=torch.float64).requires_grad_() for size in ((2, 6, 3, 4), (2, 6), (6,)))
     with pygen.backend("reference"):
         assert torch.autograd.gradcheck(lambda *leaves: pygen.group_norm_silu(*leaves, 3), (x, weight, bias))
         assert torch.autograd.gradcheck(lambda x: pygen.group_norm_silu(x, None, bias.detach(), 2), (x,))
@@ -81,7 +87,8 @@ def test_allocates_nothing_with_out() -> None:
         ({"groups": 3}, ValueError, "groups must divide x's 8 channels, got 3"),
         ({"groups": 0}, ValueError, "groups must divide x's 8 channels, got 0"),
         ({"weight": torch.ones(4)}, ValueError, r"weight must have shape \(8,\)"),
-        ({"bias": torch.ones(8, 1)}, ValueError, r"bias must have shape \(8,\)"),
+        ({"bias": torch.ones(8, 1)}, ValueError, r"bias must have shape \(8,\) or \(2, 8\), got \[8, 1\]"),
+        ({"weight": torch.ones(3, 8)}, ValueError, r"weight must have shape \(8,\) or \(2, 8\), got \[3, 8\]"),
         ({"bias": ONES.half()}, TypeError, "bias must have x's dtype .* or be float32"),
         ({"out": torch.ones(2, 8, 16)}, ValueError, "out must have x's shape"),
         ({"out": X.half()}, TypeError, "out must have x's dtype"),

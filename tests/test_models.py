@@ -290,6 +290,10 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="not a directory"):
         from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="directory must be a path, got 3"):
+        from_pretrained(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="device must be one of torch's, as 'cpu' or 'cuda:0', got 'nowhere'"):
+        from_pretrained(tmp_path, device="nowhere")
     with pytest.raises(TypeError, match="dtype must be a floating-point"):
         from_pretrained(tmp_path, dtype=torch.int8)
 

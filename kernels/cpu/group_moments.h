@@ -37,9 +37,9 @@ struct Scale {
   float center, factor, offset;
 };
 
-PYGEN_INLINE double element(const Operand& operand, int64_t index, double otherwise) {
+PYGEN_INLINE double element(const Operand& operand, int64_t offset, double otherwise) {
   if (operand.data == nullptr) return otherwise;
-  const char* at = static_cast<const char*>(operand.data) + index * operand.stride[0] * size_of(operand.dtype);
+  const char* at = static_cast<const char*>(operand.data) + offset * size_of(operand.dtype);
   if (operand.dtype == DType::kFloat32) {
     float value;
     std::memcpy(&value, at, sizeof value);
@@ -51,15 +51,20 @@ PYGEN_INLINE double element(const Operand& operand, int64_t index, double otherw
   return operand.dtype == DType::kBFloat16 ? from_unsigned(all << 16)[0] : half_to_float(all)[0];
 }
 
+PYGEN_INLINE double parameter(const Operand& operand, int64_t sample, int64_t channel, double otherwise) {
+  return element(operand, sample * operand.stride[0] + channel * operand.stride[1], otherwise);
+}
+
 struct Statistics {
   double mean, reciprocal_deviation;
 
-  PYGEN_INLINE double factor(const GroupNormSiluArgs& args, int64_t channel) const {
-    return reciprocal_deviation * element(args.weight, channel, 1.0);
+  PYGEN_INLINE double factor(const GroupNormSiluArgs& args, int64_t sample, int64_t channel) const {
+    return reciprocal_deviation * parameter(args.weight, sample, channel, 1.0);
   }
-  PYGEN_INLINE Scale scale(const GroupNormSiluArgs& args, int64_t channel) const {
+  PYGEN_INLINE Scale scale(const GroupNormSiluArgs& args, int64_t sample, int64_t channel) const {
     const float center = static_cast<float>(mean);
-    const double f = factor(args, channel), offset = element(args.bias, channel, 0.0) + (center - mean) * f;
+    const double f = factor(args, sample, channel);
+    const double offset = parameter(args.bias, sample, channel, 0.0) + (center - mean) * f;
     return {center, static_cast<float>(f), static_cast<float>(offset)};
   }
 };

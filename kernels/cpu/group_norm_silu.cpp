@@ -66,7 +66,7 @@ void by_channel(const GroupNormSiluArgs& args, int64_t sample, int64_t group) {
   const Statistics statistics = statistics_of(moments, args.eps);
   const int64_t next = std::min(channels * args.pixels * size_of(kDType), kFetchAhead);
   for (int64_t c = first; c < first + channels; ++c) {
-    normalise_channel<kDType>(at(args.out, c), at(args.x, c), args.pixels, statistics.scale(args, c), next);
+    normalise_channel<kDType>(at(args.out, c), at(args.x, c), args.pixels, statistics.scale(args, sample, c), next);
   }
 }
 
@@ -164,7 +164,7 @@ void by_pixel(const GroupNormSiluArgs& args, int64_t sample, int64_t group) {
     for (int64_t slot = 0; slot < from.vectors * kLanes; ++slot) {
       const int64_t c = from.channel(slot);
       if (c >= width) break;
-      const Scale scale = statistics[(tile + c - begin) / channels].scale(args, tile + c);
+      const Scale scale = statistics[(tile + c - begin) / channels].scale(args, sample, tile + c);
       scales.center.at[slot] = scale.center;
       scales.factor.at[slot] = scale.factor;
       scales.offset.at[slot] = scale.offset;

@@ -29,7 +29,7 @@ PYGEN_INLINE void keep(const GroupNormSiluBackwardArgs& args, const Statistics& 
   const double product = (sums.product + sums.gradient * off_center) * statistics.reciprocal_deviation;
   float* const to = args.channel_sums + (sample * args.forward.channels + channel) * 2;
   to[0] = static_cast<float>(product), to[1] = static_cast<float>(sums.gradient);
-  const double weight = element(args.forward.weight, channel, 1.0);
+  const double weight = parameter(args.forward.weight, sample, channel, 1.0);
   group.gradient += weight * sums.gradient, group.product += weight * product;
 }
 
@@ -114,7 +114,7 @@ void by_channel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t g
   const Statistics statistics = statistics_of(piece_moments<kDType>(at(of.x, first), channels * of.pixels), of.eps);
   Sums sums{};
   for (int64_t c = first; c < first + channels; ++c) {
-    const Scale scale = statistics.scale(of, c);
+    const Scale scale = statistics.scale(of, sample, c);
     keep(args, statistics, sample, c, channel_sums<kDType>(at(of.x, c), at(args.grad, c), of.pixels, scale, kept(c)),
          sums);
   }
@@ -122,7 +122,7 @@ void by_channel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t g
   const Slope slope = slope_of(of, statistics, sums);
   const F32 center = all(static_cast<float>(statistics.mean)), tilt = all(slope.tilt), shift = all(slope.shift);
   for (int64_t c = first; c < first + channels; ++c) {
-    const F32 factor = all(static_cast<float>(statistics.factor(of, c)));
+    const F32 factor = all(static_cast<float>(statistics.factor(of, sample, c)));
     const auto run = [&](auto dz_of) __attribute__((always_inline)) {
       each_pixel<kDType>(at(of.x, c), at(args.grad, c), at(args.grad_x, c), of.pixels,
                          [&](int64_t, int64_t i, F32 value, F32 g, char* to) __attribute__((always_inline)) {
@@ -134,7 +134,7 @@ void by_channel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t g
       const float* const of_channel = kept(c);
       run([&](int64_t i, F32, F32) __attribute__((always_inline)) { return load_bytes<F32>(of_channel + i); });
     } else {
-      const F32 offset = all(statistics.scale(of, c).offset);
+      const F32 offset = all(statistics.scale(of, sample, c).offset);
       run([&](int64_t, F32 away, F32 g)
               __attribute__((always_inline)) { return gradient_of_z(away, g, factor, offset); });
     }
@@ -201,7 +201,7 @@ void by_pixel(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t gro
     }
   };
   const auto scale = [&](int64_t slot, int64_t channel, int64_t g) {
-    const Scale of_channel = statistics[g].scale(of, channel);
+    const Scale of_channel = statistics[g].scale(of, sample, channel);
     k.center.at[slot] = of_channel.center, k.factor.at[slot] = of_channel.factor;
     k.offset.at[slot] = of_channel.offset;
   };

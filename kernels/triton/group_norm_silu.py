@@ -40,13 +40,13 @@ def statistics(x, x_channel, x_pixel, c, p, channels, pixels, eps, CHANNELS: tl.
 
 
 @triton.jit
-def scale_and_shift(weight, weight_stride, bias, bias_stride, channel, inside):
-    """Of channels: weight and bias, 1 and 0 where there is none."""
+def scale_and_shift(weight, weight_sample, weight_channel, bias, bias_sample, bias_channel, sample, channel, inside):
+    """Of a sample's channels: weight and bias, 1 and 0 where there is none."""
     scale, shift = tl.where(inside, 1.0, 0.0), tl.where(inside, 0.0, 0.0)
     if weight is not None:
-        scale = tl.load(weight + channel * weight_stride, inside, 0.0).to(tl.float32)
+        scale = tl.load(weight + sample * weight_sample + channel * weight_channel, inside, 0.0).to(tl.float32)
     if bias is not None:
-        shift = tl.load(bias + channel * bias_stride, inside, 0.0).to(tl.float32)
+        shift = tl.load(bias + sample * bias_sample + channel * bias_channel, inside, 0.0).to(tl.float32)
     return scale, shift
 
 
@@ -62,8 +62,10 @@ def _group_norm_silu(
     out_sample,
     out_channel,
     out_pixel,
-    weight_stride,
-    bias_stride,
+    weight_sample,
+    weight_channel,
+    bias_sample,
+    bias_channel,
     groups,
     channels,  # of a group
     pixels,
@@ -80,8 +82,10 @@ def _group_norm_silu(
 
     mean, left, deviation = statistics(x, x_channel, x_pixel, c, p, channels, pixels, eps, CHANNELS, PIXELS)
     for c0 in range(0, channels, CHANNELS):
-        channel = first + c0 + c
-        scale, offset = scale_and_shift(weight, weight_stride, bias, bias_stride, channel, c0 + c < channels)
+        scale, offset = scale_and_shift(
+            weight, weight_sample, weight_channel, bias, bias_sample, bias_channel, sample, first + c0 + c,
+            c0 + c < channels,
+        )  # fmt: skip
         factor = scale / deviation
         for p0 in range(0, pixels, PIXELS):
             inside = (c0 + c < channels) & (p0 + p < pixels)
@@ -95,11 +99,18 @@ def launch(
     x: Any, weight: Any, bias: Any, samples: int, channels: int, pixels: int, groups: int, eps: float, out: Any
 ) -> None:
     """x and out are (samples, channels, pixels), of any strides."""
-    strides = [0 if parameter is None else parameter.stride(0) for parameter in (weight, bias)]
     _group_norm_silu[(samples * groups,)](
-        x, weight, bias, out, *x.stride(), *out.stride(), *strides, groups, channels // groups, pixels, eps,
+        x, weight, bias, out, *x.stride(), *out.stride(), *strides_of(weight), *strides_of(bias), groups,
+        channels // groups, pixels, eps,
         **tile(channels // groups, pixels, by_pixel=x.stride(1) < x.stride(2)), num_warps=WARPS,
     )  # fmt: skip
+
+
+def strides_of(parameter: Any) -> tuple[int, int]:
+    """Of samples and channels."""
+    if parameter is None:
+        return 0, 0
+    return (0 if parameter.dim() == 1 else parameter.stride(0)), parameter.stride(-1)
 
 
 def tile(channels: int, pixels: int, by_pixel: bool, most: int = _TILE) -> dict[str, int]:
@@ -122,10 +133,10 @@ def sources_of(
     """A kernel that walks images by groups; pointers: all tensors, with their types."""
     names = kernel.arg_names
     strides = [f"{image}_{unit}" for image in images for unit in ("sample", "channel", "pixel")]
-    ints = dict.fromkeys((*strides, "groups", "channels", "pixels"), "i32")
+    ints = dict.fromkeys((*strides, "weight_sample", "bias_sample", "groups", "channels", "pixels"), "i32")
     for channels, by_pixel in ((10, False), (10, True), (1, False)):
         unit = "channel" if by_pixel else "pixel"
-        constants = {f"{image}_{unit}": 1 for image in images} | {"weight_stride": 1, "bias_stride": 1}
+        constants = {f"{image}_{unit}": 1 for image in images} | {"weight_channel": 1, "bias_channel": 1}
         constants |= tile(channels, 4096, by_pixel, most)
         if channels == 1:
             constants["channels"] = 1  # as Triton has it for every 1

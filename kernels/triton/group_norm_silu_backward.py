@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from .group_norm_silu import WARPS, scale_and_shift, sources_of, statistics, tile
+from .group_norm_silu import WARPS, scale_and_shift, sources_of, statistics, strides_of, tile
 
 _TILE = 2048  # of which more is held than in the forward pass
 
@@ -41,8 +41,10 @@ def _group_norm_silu_backward(
     grad_x_sample,
     grad_x_channel,
     grad_x_pixel,
-    weight_stride,
-    bias_stride,
+    weight_sample,
+    weight_channel,
+    bias_sample,
+    bias_channel,
     groups,
     channels,  # of a group
     pixels,
@@ -65,7 +67,9 @@ def _group_norm_silu_backward(
     products = tl.zeros([CHANNELS, 1], tl.float32)  # of g n
     for c0 in range(0, channels, CHANNELS):
         here = c0 + c < channels
-        scale, shift = scale_and_shift(weight, weight_stride, bias, bias_stride, first + c0 + c, here)
+        scale, shift = scale_and_shift(
+            weight, weight_sample, weight_channel, bias, bias_sample, bias_channel, sample, first + c0 + c, here
+        )
         weight_sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
         bias_sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
         for p0 in range(0, pixels, PIXELS):
@@ -83,7 +87,9 @@ def _group_norm_silu_backward(
 
     for c0 in range(0, channels, CHANNELS):
         here = c0 + c < channels
-        scale, shift = scale_and_shift(weight, weight_stride, bias, bias_stride, first + c0 + c, here)
+        scale, shift = scale_and_shift(
+            weight, weight_sample, weight_channel, bias, bias_sample, bias_channel, sample, first + c0 + c, here
+        )
         for p0 in range(0, pixels, PIXELS):
             inside = here & (p0 + p < pixels)
             x_at, grad_at = (c0 + c) * x_channel + (p0 + p) * x_pixel, (c0 + c) * grad_channel + (p0 + p) * grad_pixel
@@ -93,22 +99,12 @@ def _group_norm_silu_backward(
             tl.store(to, of_x.to(grad_x.dtype.element_ty), inside)
 
 
-def launch(
-    x: Any,
-    grad: Any,
-    weight: Any,
-    bias: Any,
-    groups: int,
-    eps: float,
-    grad_x: Any,
-    channel_sums: Any,
-) -> None:
+def launch(x: Any, grad: Any, weight: Any, bias: Any, groups: int, eps: float, grad_x: Any, channel_sums: Any) -> None:
     """x, grad and grad_x are (samples, channels, pixels), of any strides."""
     samples, channels, pixels = x.shape
-    strides = [0 if parameter is None else parameter.stride(0) for parameter in (weight, bias)]
     _group_norm_silu_backward[(samples * groups,)](
-        x, grad, weight, bias, grad_x, channel_sums, *x.stride(), *grad.stride(), *grad_x.stride(), *strides, groups,
-        channels // groups, pixels, eps,
+        x, grad, weight, bias, grad_x, channel_sums, *x.stride(), *grad.stride(), *grad_x.stride(),
+        *strides_of(weight), *strides_of(bias), groups, channels // groups, pixels, eps,
         **tile(channels // groups, pixels, by_pixel=x.stride(1) < x.stride(2), most=_TILE), num_warps=WARPS,
     )  # fmt: skip
 

@@ -31,9 +31,9 @@ from pygen.models.layers import (
     project,
     project_geglu,
     project_gelu,
+    silu_of_norm,
 )
 from pygen.ops.gated_unit import geglu
-from pygen.ops.group_norm_silu import group_norm_silu
 from pygen.ops.row_norm import layer_norm, rms_norm, with_rows
 from pygen.patch import Found, Left, Replacement, Rule, forwards
 
@@ -99,10 +99,7 @@ def _resnet_block(name: str, module: ResnetBlock2D) -> Found:
 
 
 def _through_block(module: Any, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    def norm(x: Tensor, of: nn.GroupNorm) -> Tensor:
-        return group_norm_silu(x, of.weight, of.bias, of.num_groups, of.eps)
-
-    x = norm(input_tensor, module.norm1)
+    x = silu_of_norm(module.norm1, input_tensor)
     for sample in (module.upsample, module.downsample):
         if sample is not None:
             input_tensor, x = sample(input_tensor), sample(x)
@@ -111,16 +108,12 @@ def _through_block(module: Any, input_tensor: Tensor, temb: Tensor | None = None
     if module.time_emb_proj is not None and temb is not None:
         if not module.skip_time_act:
             temb = module.nonlinearity(temb)
-        temb = module.time_emb_proj(temb)[:, :, None, None]
+        temb = module.time_emb_proj(temb)
         if module.time_embedding_norm == "scale_shift":
             scale, shift = temb.chunk(2, dim=1)
         else:
-            x = x + temb
-    if scale is None or shift is None:
-        x = norm(x, module.norm2)
-    else:  # group_norm_silu takes no factors of a sample
-        x = module.nonlinearity(module.norm2(x) * (1 + scale) + shift)
-    x = module.conv2(module.dropout(x))
+            x = x + temb[:, :, None, None]
+    x = module.conv2(module.dropout(silu_of_norm(module.norm2, x, scale, shift)))
     if module.conv_shortcut is not None:
         input_tensor = module.conv_shortcut(input_tensor)
     x = input_tensor + x

@@ -379,8 +379,15 @@ class ResnetBlock(nn.Module):
         return shortcut + self.conv2(silu_of_norm(self.norm2, y))
 
 
-def silu_of_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+def silu_of_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """silu(norm(x)), or of norm(x) (1 + scale) + shift, both (batch, channels)."""
+    weight: Tensor | None = norm.weight
+    bias: Tensor | None = norm.bias
+    if scale is not None and shift is not None:
+        factor = 1 + scale.to(torch.promote_types(scale.dtype, torch.float32))
+        weight = factor if weight is None else weight * factor
+        bias = shift.to(factor.dtype) if bias is None else bias * factor + shift
+    return group_norm_silu(x, weight, bias, norm.num_groups, norm.eps)
 
 
 class Downsample(nn.Module):

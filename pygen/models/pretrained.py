@@ -106,10 +106,16 @@ def from_pretrained(
 
     Raises:
         CheckpointError: in one line, naming the file and the field or tensor.
-        TypeError: for a dtype that is none of floating point.
+        TypeError, ValueError: naming the argument.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"directory must be a path, got {directory!r}")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be one of torch's, as 'cpu' or 'cuda:0', got {device!r}") from None
     path = Path(directory)
     if not path.is_dir():
         refuse(path, "not a directory")

@@ -27,8 +27,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(silu_of_norm(self.norm1, x))
-        scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        h = self.conv2(silu_of_norm(self.norm2, h, *self.scale_shift(embedding).chunk(2, dim=1)))
         return self.skip(x) + h
 
 

@@ -36,7 +36,7 @@ def group_norm_silu(
 
     Args:
         x: (samples, channels, ...), float32, bfloat16 or float16; each sample contiguous or channels-last.
-        weight, bias: (channels,), in x's dtype or float32; 1 and 0 where None.
+        weight, bias: (channels,), or (samples, channels) of each sample, in x's dtype or float32; 1 and 0 where None.
         groups: how many groups of neighbouring channels to normalise; divides the channels.
         eps: added to the variance.
         out: of x's shape, dtype and memory format; may be x. New where left out; where it is given, nothing is recorded
@@ -80,8 +80,8 @@ class _GroupNormSilu(torch.autograd.Function):
         sums = x.new_empty((*x.shape[:2], 2), dtype=torch.promote_types(x.dtype, torch.float32))
         group_norm_silu_backward(x, grad, weight, bias, ctx.groups, ctx.eps, grad_x, sums)
         of_parameters = (
-            total.to(parameter.dtype) if parameter is not None else None
-            for total, parameter in zip(sums.sum(0).unbind(1), (weight, bias), strict=True)
+            None if parameter is None else (part if parameter.dim() == 2 else part.sum(0)).to(parameter.dtype)
+            for part, parameter in zip(sums.unbind(2), (weight, bias), strict=True)
         )
         return grad_x, *of_parameters, None, None
 
@@ -121,9 +121,12 @@ def group_norm_silu_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float = 1e-5
 ) -> tuple[Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (None if parameter is None else parameter.to(compute) for parameter in (weight, bias))
     # torch.nn.functional's refuses groups of one element.
-    return (functional.silu(torch.group_norm(x.to(compute), groups, weight, bias, eps)).to(x.dtype),)
+    y = torch.group_norm(x.to(compute), groups, None, None, eps)
+    for parameter, join in ((weight, torch.mul), (bias, torch.add)):
+        if parameter is not None:
+            y = join(y, parameter.to(compute).reshape(-1, x.shape[1], *[1] * (x.dim() - 2)))
+    return (functional.silu(y).to(x.dtype),)
 
 
 def group_norm_silu_backward_reference(
@@ -133,7 +136,7 @@ def group_norm_silu_backward_reference(
 
     def by_channel(parameter: Tensor | None, otherwise: float) -> Tensor:
         values = x.new_full((x.shape[1],), otherwise, dtype=compute) if parameter is None else parameter.to(compute)
-        return values.reshape(1, groups, -1, 1)
+        return values.reshape(-1, groups, x.shape[1] // groups, 1)
 
     size = (len(x), groups, x.shape[1] // groups, math.prod(x.shape[2:]))
     wide, wide_grad = (tensor.to(compute).reshape(size) for tensor in (x, grad))
@@ -223,8 +226,9 @@ def _check(
             )
     parameters = {name: tensor for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
     for name, parameter in parameters.items():
-        if parameter.shape != (channels,):
-            raise ValueError(f"{op}: {name} must have shape ({channels},), got {list(parameter.shape)}")
+        if parameter.shape not in ((channels,), (samples, channels)):
+            shapes = f"({channels},) or ({samples}, {channels})"
+            raise ValueError(f"{op}: {name} must have shape {shapes}, got {list(parameter.shape)}")
         if parameter.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"{op}: {name} must have x's dtype {x.dtype} or be float32, got {parameter.dtype}")
     for name, tensor in {"x": x, **parameters, **like}.items():
@@ -307,6 +311,12 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     yield example("neither", tensor(2, 8, 5, 5), 2, weight=None, bias=None)
     yield example("float32 parameters", tensor(2, 8, 5, 5), 2, like=torch.float32)
     yield example("strided parameters", tensor(2, 8, 5, 5), 2, weight=tensor(16)[::2].to(dtype))
+    for name, size in (("", (3, 24, 5, 5)), (", of pixels", (3, 24))):
+        yield example(
+            f"parameters of a sample{name}", tensor(*size), 6, weight=tensor(3, 24).to(dtype), bias=tensor(3, 24)
+        )
+    yield example("a weight of a sample, channels-last", channels_last(tensor(3, 24, 5, 5)), 6, weight=tensor(3, 24))
+    yield example("a sliced bias of a sample", tensor(3, 24, 7), 6, bias=tensor(6, 48)[::2, 24:].to(dtype))
     yield example("another eps", 0.01 * tensor(2, 8, 5, 5), 2, eps=0.3)
     wide = tensor(3, 48, 6, 7).to(dtype)
     yield example("sliced", wide[::2, 8:40], 4)

@@ -18,7 +18,7 @@ struct GroupNormSiluArgs {
   int64_t unit;  // divides groups; 1 where by_channel; above 1, these groups hold at most kChannelTile channels
   double eps;
   Operand x, out;        // strides of samples, channels, pixels; of one dtype
-  Operand weight, bias;  // stride of channels; may be absent
+  Operand weight, bias;  // strides of samples, channels; may be absent
 };
 
 PYGEN_CPU_KERNEL(group_norm_silu, GroupNormSiluArgs)

@@ -75,7 +75,7 @@ def train(steps: int, batch_size: int, seed: int) -> tuple[UNet, list[float], fl
     torch.manual_seed(seed)
     images, labels = load_scans()
     loss_of = NoisePredictionLoss(make_schedule(SCHEDULE))
-    model = UNet()
+    model = UNet().to(memory_format=torch.channels_last)  # the faster one to learn in, of convolutions on CPUs
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))

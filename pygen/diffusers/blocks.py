@@ -160,21 +160,21 @@ def _through_flux(
     temb: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor]:
     x, text = hidden_states, encoder_hidden_states
     if not _together(module, x, text, temb):
         forward: Any = FluxTransformerBlock.forward
         whole: tuple[Tensor, Tensor] = forward(module, x, text, temb, image_rotary_emb, joint_attention_kwargs)
         return whole
     given = {"image_rotary_emb": image_rotary_emb, **(joint_attention_kwargs or {})}
-    text_after, x = _both_streams(module, x, text, temb, given, text_ends=False)
-    return None if text_after is None else _finite(text_after), x
+    text, x = _both_streams(module, x, text, temb, given, text_ends=False)
+    return _finite(text), x
 
 
 def _both_streams(
     module: Any, x: Tensor, text: Tensor, temb: Tensor, given: dict[str, Any], *, text_ends: bool
-) -> tuple[Tensor | None, Tensor]:
-    """The text, unless it ends here, and the image."""
+) -> tuple[Any, Tensor]:
+    """The text, None where it ends here, and the image."""
     y, gate, *of_feed_forward = module.norm1(x, emb=temb)
     of_feed_forward, alone = of_feed_forward[:3], of_feed_forward[3:]
     of_text, *rest = (module.norm1_context(text, temb),) if text_ends else module.norm1_context(text, emb=temb)

@@ -1,42 +1,94 @@
-"""group_norm_silu: one program per (sample, group), which reads it three times, from the cache after the first."""
+"""group_norm_silu: one program per (sample, group), which reads it three times, from the cache after the first; where
+these are too few for a GPU and large, several to each: some take the moments of a part, then some normalise one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
 WARPS = 8
 _TILE = 4096
+_PROGRAMS = 512  # about as many as keep a GPU busy
+
+
+@triton.jit
+def _moments(x, x_channel, x_pixel, c, p, channels, begin, end, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
+    """Of the pixels from one to another of a group from x on: their mean, as float32 has it, and the sums of what lies
+    off it and of that squared."""
+    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    for c0 in range(0, channels, CHANNELS):
+        for p0 in range(begin, end, PIXELS):
+            inside = (c0 + c < channels) & (p0 + p < end)
+            sums += tl.load(x + (c0 + c) * x_channel + (p0 + p) * x_pixel, inside, 0.0).to(tl.float32)
+    mean = tl.sum(sums) / (1.0 * channels * (end - begin))
+
+    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    squares = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    for c0 in range(0, channels, CHANNELS):
+        for p0 in range(begin, end, PIXELS):
+            inside = (c0 + c < channels) & (p0 + p < end)
+            value = tl.load(x + (c0 + c) * x_channel + (p0 + p) * x_pixel, inside, 0.0).to(tl.float32)
+            away = tl.where(inside, value - mean, 0.0)
+            sums += away
+            squares += away * away
+    return mean, tl.sum(sums), tl.sum(squares)
 
 
 @triton.jit
 def statistics(x, x_channel, x_pixel, c, p, channels, pixels, eps, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
     """Of a group from x on: its mean, as float32 has it, what that lacks, and the standard deviation."""
+    mean, sum, square = _moments(x, x_channel, x_pixel, c, p, channels, 0, pixels, CHANNELS, PIXELS)
     count = 1.0 * channels * pixels
-    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
-    for c0 in range(0, channels, CHANNELS):
-        for p0 in range(0, pixels, PIXELS):
-            inside = (c0 + c < channels) & (p0 + p < pixels)
-            sums += tl.load(x + (c0 + c) * x_channel + (p0 + p) * x_pixel, inside, 0.0).to(tl.float32)
-    mean = tl.sum(sums) / count
+    left = sum / count
+    return mean, left, tl.sqrt_rn(square / count - left * left + eps)
 
-    # Deviations from the rounded mean tell what the rounding left.
-    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
-    squares = tl.zeros([CHANNELS, PIXELS], tl.float32)
-    for c0 in range(0, channels, CHANNELS):
-        for p0 in range(0, pixels, PIXELS):
-            inside = (c0 + c < channels) & (p0 + p < pixels)
-            value = tl.load(x + (c0 + c) * x_channel + (p0 + p) * x_pixel, inside, 0.0).to(tl.float32)
-            away = tl.where(inside, value - mean, 0.0)
-            sums += away
-            squares += away * away
-    left = tl.sum(sums) / count
-    deviation = tl.sqrt_rn(tl.sum(squares) / count - left * left + eps)
-    return mean, left, deviation
+
+@triton.jit
+def _statistics_of_parts(parts, channels, pixels, chunk, splits, eps, SPLITS: tl.constexpr):
+    """Likewise, of the moments of a group's parts of `chunk` pixels each, about the mean of the first."""
+    part = tl.arange(0, SPLITS)
+    there = part < splits
+    mean = tl.load(parts)
+    away = tl.where(there, tl.load(parts + 3 * part, there, 0.0) - mean, 0.0)
+    sum = tl.load(parts + 3 * part + 1, there, 0.0)
+    square = tl.load(parts + 3 * part + 2, there, 0.0)
+    count = tl.where(there, 1.0 * channels * tl.minimum(chunk, pixels - part * chunk), 0.0)
+    left = tl.sum(count * away + sum) / (1.0 * channels * pixels)
+    off = left - away  # each part's mean from that of all
+    squares = tl.sum(tl.where(there, square - 2.0 * off * sum + count * off * off, 0.0))
+    return mean, left, tl.sqrt_rn(squares / (1.0 * channels * pixels) + eps)
+
+
+@triton.jit
+def _part_moments(
+    x,
+    parts,
+    x_sample,
+    x_channel,
+    x_pixel,
+    groups,
+    channels,
+    pixels,
+    chunk,
+    splits,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    unit, begin = program // splits, (program % splits).to(tl.int32) * chunk
+    x += unit // groups * x_sample + unit % groups * channels * x_channel
+    c = tl.arange(0, CHANNELS).to(tl.int64)[:, None]
+    p = tl.arange(0, PIXELS).to(tl.int64)[None, :]
+    end = tl.minimum(begin + chunk, pixels)
+    mean, sum, square = _moments(x, x_channel, x_pixel, c, p, channels, begin, end, CHANNELS, PIXELS)
+    tl.store(parts + 3 * program, mean)
+    tl.store(parts + 3 * program + 1, sum)
+    tl.store(parts + 3 * program + 2, square)
 
 
 @triton.jit
@@ -56,6 +108,7 @@ def _group_norm_silu(
     weight,
     bias,
     out,
+    parts,  # None: a program takes a whole group
     x_sample,
     x_channel,
     x_pixel,
@@ -69,26 +122,36 @@ def _group_norm_silu(
     groups,
     channels,  # of a group
     pixels,
+    chunk,  # pixels of a part
+    splits,
     eps,
     CHANNELS: tl.constexpr,  # of a tile
     PIXELS: tl.constexpr,
+    SPLITS: tl.constexpr,  # a power of two, at least splits
 ):
     program = tl.program_id(0).to(tl.int64)
-    sample, first = program // groups, program % groups * channels
+    unit, begin = program // splits, (program % splits).to(tl.int32) * chunk
+    sample, first = unit // groups, unit % groups * channels
     x += sample * x_sample + first * x_channel
     out += sample * out_sample + first * out_channel
     c = tl.arange(0, CHANNELS).to(tl.int64)[:, None]
     p = tl.arange(0, PIXELS).to(tl.int64)[None, :]
 
-    mean, left, deviation = statistics(x, x_channel, x_pixel, c, p, channels, pixels, eps, CHANNELS, PIXELS)
+    if parts is None:
+        mean, left, deviation = statistics(x, x_channel, x_pixel, c, p, channels, pixels, eps, CHANNELS, PIXELS)
+    else:
+        mean, left, deviation = _statistics_of_parts(
+            parts + 3 * unit * splits, channels, pixels, chunk, splits, eps, SPLITS
+        )
+    end = tl.minimum(begin + chunk, pixels)
     for c0 in range(0, channels, CHANNELS):
         scale, offset = scale_and_shift(
             weight, weight_sample, weight_channel, bias, bias_sample, bias_channel, sample, first + c0 + c,
             c0 + c < channels,
         )  # fmt: skip
         factor = scale / deviation
-        for p0 in range(0, pixels, PIXELS):
-            inside = (c0 + c < channels) & (p0 + p < pixels)
+        for p0 in range(begin, end, PIXELS):
+            inside = (c0 + c < channels) & (p0 + p < end)
             value = tl.load(x + (c0 + c) * x_channel + (p0 + p) * x_pixel, inside, 0.0).to(tl.float32)
             y = (value - mean - left) * factor + offset
             y = y / (1.0 + tl.exp(-y))
@@ -99,11 +162,27 @@ def launch(
     x: Any, weight: Any, bias: Any, samples: int, channels: int, pixels: int, groups: int, eps: float, out: Any
 ) -> None:
     """x and out are (samples, channels, pixels), of any strides."""
-    _group_norm_silu[(samples * groups,)](
-        x, weight, bias, out, *x.stride(), *out.stride(), *strides_of(weight), *strides_of(bias), groups,
-        channels // groups, pixels, eps,
-        **tile(channels // groups, pixels, by_pixel=x.stride(1) < x.stride(2)), num_warps=WARPS,
+    of_group, units = channels // groups, samples * groups
+    sizes = tile(of_group, pixels, by_pixel=x.stride(1) < x.stride(2))
+    chunk, splits = _split(units, of_group, pixels, sizes)
+    parts = None
+    if splits > 1:
+        parts = x.new_empty((units, splits, 3), dtype=torch.float32)
+        _part_moments[(units * splits,)](
+            x, parts, *x.stride(), groups, of_group, pixels, chunk, splits, **sizes, num_warps=WARPS
+        )
+    _group_norm_silu[(units * splits,)](
+        x, weight, bias, out, parts, *x.stride(), *out.stride(), *strides_of(weight), *strides_of(bias), groups,
+        of_group, pixels, chunk, splits, eps, **sizes, SPLITS=triton.next_power_of_2(splits), num_warps=WARPS,
     )  # fmt: skip
+
+
+def _split(units: int, channels: int, pixels: int, sizes: dict[str, int]) -> tuple[int, int]:
+    """The pixels of a part of a group, of which no one is less than a tile, and how many parts there are."""
+    tiles = -(-pixels // sizes["PIXELS"])
+    splits = min(tiles, -(-_PROGRAMS // units)) if channels * pixels > _TILE else 1
+    chunk = -(-tiles // splits) * sizes["PIXELS"]
+    return chunk, -(-pixels // chunk)
 
 
 def strides_of(parameter: Any) -> tuple[int, int]:
@@ -122,26 +201,33 @@ def tile(channels: int, pixels: int, by_pixel: bool, most: int = _TILE) -> dict[
 
 
 def sources(dtype: str) -> Iterator[tuple[ASTSource, dict[str, Any]]]:
-    """The kernel for a U-Net's activations in "fp32", "bf16" or "fp16", in both memory formats, and for groups of one
-    channel; with options."""
-    yield from sources_of(_group_norm_silu, ("x", "out"), dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}"))
+    """The kernels for a U-Net's activations in "fp32", "bf16" or "fp16", in both memory formats, and for groups of one
+    channel, in one part and in several; with options."""
+    pointers = dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}")
+    yield from sources_of(_group_norm_silu, ("x", "out"), pointers, parts=None, splits=1, SPLITS=1)
+    of_parts = {"parts": "*fp32"}
+    yield from sources_of(_group_norm_silu, ("x", "out"), pointers | of_parts, SPLITS=8)
+    yield from sources_of(_part_moments, ("x",), {"x": f"*{dtype}"} | of_parts)
 
 
 def sources_of(
-    kernel: Any, images: Sequence[str], pointers: dict[str, str], most: int = _TILE
+    kernel: Any, images: Sequence[str], pointers: dict[str, str], most: int = _TILE, **settings: Any
 ) -> Iterator[tuple[ASTSource, dict[str, Any]]]:
-    """A kernel that walks images by groups; pointers: all tensors, with their types."""
+    """A kernel that walks images by groups; pointers: all tensors, with their types; settings: its other constants."""
     names = kernel.arg_names
     strides = [f"{image}_{unit}" for image in images for unit in ("sample", "channel", "pixel")]
-    ints = dict.fromkeys((*strides, "weight_sample", "bias_sample", "groups", "channels", "pixels"), "i32")
+    ints = dict.fromkeys(
+        (*strides, "weight_sample", "bias_sample", "groups", "channels", "pixels", "chunk", "splits"), "i32"
+    )
     for channels, by_pixel in ((10, False), (10, True), (1, False)):
         unit = "channel" if by_pixel else "pixel"
         constants = {f"{image}_{unit}": 1 for image in images} | {"weight_channel": 1, "bias_channel": 1}
-        constants |= tile(channels, 4096, by_pixel, most)
+        constants |= tile(channels, 4096, by_pixel, most) | settings
         if channels == 1:
             constants["channels"] = 1  # as Triton has it for every 1
+        constants = {name: value for name, value in constants.items() if name in names}
         types = pointers | ints | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
-        aligned = [n for n in (*pointers, *strides, "pixels") if n not in constants]
+        aligned = [n for n in (*pointers, *strides, "pixels", "chunk") if n in names and n not in constants]
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         signature = {name: types[name] for name in names}
         yield ASTSource(kernel, signature, constants, attributes), {"num_warps": WARPS}

@@ -3,10 +3,9 @@ these are too few for a GPU and large, several to each: some take the moments of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from triton.compiler import ASTSource
@@ -158,16 +157,15 @@ def _group_norm_silu(
             tl.store(out + (c0 + c) * out_channel + (p0 + p) * out_pixel, y.to(out.dtype.element_ty), inside)
 
 
-def launch(
-    x: Any, weight: Any, bias: Any, samples: int, channels: int, pixels: int, groups: int, eps: float, out: Any
-) -> None:
-    """x and out are (samples, channels, pixels), of any strides."""
+def launch(x: Any, weight: Any, bias: Any, groups: int, eps: float, out: Any, floats: Callable[[int], Any]) -> None:
+    """x and out are (samples, channels, pixels), of any strides; floats: makes a tensor of so many, on x's device."""
+    samples, channels, pixels = x.shape
     of_group, units = channels // groups, samples * groups
     sizes = tile(of_group, pixels, by_pixel=x.stride(1) < x.stride(2))
     chunk, splits = _split(units, of_group, pixels, sizes)
     parts = None
     if splits > 1:
-        parts = x.new_empty((units, splits, 3), dtype=torch.float32)
+        parts = floats(units * splits * 3)
         _part_moments[(units * splits,)](
             x, parts, *x.stride(), groups, of_group, pixels, chunk, splits, **sizes, num_warps=WARPS
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,13 +170,14 @@ def _fake(*arguments: object) -> None:
 
 
 def _triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, out: Tensor) -> None:
-    samples, channels = _check("group_norm_silu", x, weight, bias, groups, out=out)
+    _check("group_norm_silu", x, weight, bias, groups, out=out)
     if x.numel() == 0:
         return
     # (samples, channels, pixels); a view, or the spatial dimensions do not merge.
     x, out = (_merge_pixels(name, tensor) for name, tensor in (("x", x), ("out", out)))
+    floats = partial(x.new_empty, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        triton_kernels("group_norm_silu").launch(x, weight, bias, samples, channels, x.shape[2], groups, eps, out)
+        triton_kernels("group_norm_silu").launch(x, weight, bias, groups, eps, out, floats)
 
 
 torch.library.impl("pygen::group_norm_silu", "CUDA", _triton)
@@ -207,9 +209,7 @@ def _triton_backward(
 torch.library.impl("pygen::group_norm_silu_backward", "CUDA", _triton_backward)
 
 
-def _check(
-    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, **like: Tensor
-) -> tuple[int, int]:
+def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, **like: Tensor) -> None:
     """What csrc checks for the CPU; like: tensors of x's shape and dtype."""
     if x.dim() < 2:
         raise ValueError(f"{op}: x must have shape (samples, channels, ...), got {list(x.shape)}")
@@ -236,7 +236,6 @@ def _check(
             raise ValueError(f"{op}: {name} must lie on x's device {x.device}, got {tensor.device}")
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise RuntimeError(f"{op} is not differentiable, and {name} requires grad: call it under torch.no_grad()")
-    return samples, channels
 
 
 def _merge_pixels(name: str, tensor: Tensor) -> Tensor:

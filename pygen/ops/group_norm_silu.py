@@ -122,13 +122,14 @@ def group_norm_silu_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float = 1e-5
 ) -> tuple[Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
-    parameters = [None if parameter is None else parameter.to(compute) for parameter in (weight, bias)]
-    of_samples = any(parameter is not None and parameter.dim() == 2 for parameter in parameters)
+    weight, bias = (None if parameter is None else parameter.to(compute) for parameter in (weight, bias))
     # torch.nn.functional's refuses groups of one element.
-    y = torch.group_norm(x.to(compute), groups, *([None, None] if of_samples else parameters), eps)
-    for parameter, join in zip(parameters, (torch.mul, torch.add), strict=True):
-        if of_samples and parameter is not None:
-            y = join(y, parameter.reshape(-1, x.shape[1], *[1] * (x.dim() - 2)))
+    if all(parameter is None or parameter.dim() == 1 for parameter in (weight, bias)):
+        y = torch.group_norm(x.to(compute), groups, weight, bias, eps)
+    else:
+        y, shape = torch.group_norm(x.to(compute), groups, None, None, eps), (-1, x.shape[1], *[1] * (x.dim() - 2))
+        y = y if weight is None else y * weight.reshape(shape)
+        y = y if bias is None else y + bias.reshape(shape)
     return (functional.silu(y).to(x.dtype),)
 
 

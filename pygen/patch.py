@@ -132,11 +132,11 @@ def accelerate(target: Any, **options: Any) -> Report:
 
     Args:
         target: a diffusers pipeline, or one of diffusers' models. The scheduler is replaced by the drop-in of the same
-            name and configuration, and still saves as diffusers' own. In models, attention, ResNet blocks, DiT's and
-            PixArt's blocks, GELU, GEGLU, LayerNorm, convolutions and linear layers run by pygen's ops, and by oneDNN on
-            packed weights (which are held a second time, and packed again when they have changed); results stay within
-            what rounding makes of them, but for what ``approximations`` names. Keys and values of a text are made once
-            for all steps. On a CPU training runs too, without packed weights.
+            name and configuration, and still saves as diffusers' own. In models, attention, ResNet blocks, the blocks
+            of DiT, PixArt, Stable Diffusion 3 and Flux, GELU, GEGLU, LayerNorm, RMSNorm, convolutions and linear layers
+            run by pygen's ops, and by oneDNN on packed weights (which are held a second time, and packed again when
+            they have changed); results stay within what rounding makes of them, but for what ``approximations`` names.
+            Keys and values of a text are made once for all steps. Training runs too, without packed weights.
             Or a transformers causal language model. Its ``generate`` runs on a ``pygen.Decoder`` of its
             parameters, which are held a second time, packed, and packed again when they have changed; in float32 it
             gives the same greedy tokens, with ``assistant_model`` or ``prompt_lookup_num_tokens`` too. Hooks on its

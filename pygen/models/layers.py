@@ -384,7 +384,7 @@ def silu_of_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shi
     weight: Tensor | None = norm.weight
     bias: Tensor | None = norm.bias
     if scale is not None and shift is not None:
-        if reference_is_asked_for():
+        if reference_is_asked_for():  # with the roundings of the formula as it is written
             return nn.functional.silu(norm(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
         factor = 1 + scale.to(torch.promote_types(scale.dtype, torch.float32))
         weight = factor if weight is None else weight * factor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -60,9 +62,17 @@ class Case:
     part: str = ""  # with a table of its own
 
     def prepare(self) -> Work:
+        give_back()
         torch._dynamo.reset()  # one formula at many sizes would run into the limit of recompilations
         torch.manual_seed(0)
         return self.make()
 
     def __str__(self) -> str:
         return f"{self.suite}: {self.name}"
+
+
+def give_back() -> None:
+    """Give the system the memory of what is no longer in use: models may be most of a machine's."""
+    gc.collect()  # patched modules are in cycles
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)  # which glibc keeps of what was freed

@@ -6,7 +6,6 @@ convolutions have fewer.
 from __future__ import annotations
 
 import copy
-import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pygen
-from bench.cases import Case, Work
+from bench.cases import Case, Work, give_back
 from tests.error_rule import Triple
 
 if TYPE_CHECKING:
@@ -122,8 +121,7 @@ def by_openvino(name: str, dtype: torch.dtype) -> Callable[[], object]:
     def made() -> tuple[Any, list[Any]]:
         import openvino
 
-        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-            trim(0)  # which glibc keeps of what was freed
+        give_back()
         given = inputs(name, torch.float32, CHECKED_SIDE if name == "small" else SIDE)
         with torch.no_grad():
             converted = openvino.convert_model(_Sample(model(name), list(given)), example_input=tuple(given.values()))

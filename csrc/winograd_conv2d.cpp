@@ -34,17 +34,19 @@ void winograd_conv2d_op(const at::Tensor& x, const at::Tensor& weight, const std
   TORCH_CHECK_TYPE(out.scalar_type() == x.scalar_type(), kOp, ": out must have x's dtype ", x.scalar_type(), ", got ",
                    out.scalar_type());
   const std::array<int64_t, 4> size = {args.batch, args.outputs, args.height, args.width};
+  TORCH_CHECK_VALUE(args.channels > 0, kOp, ": x must have channels, got ", x.sizes());
   TORCH_CHECK_VALUE(args.outputs > 0, kOp, ": out_channels must be positive, got ", args.outputs);
   TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef(size), kOp, ": out must have shape ", at::IntArrayRef(size),
                     ", got ", out.sizes());
   check_no_grad(kOp, "weight", weight);
   check_device(kOp, "weight", weight, x.device());
-  const std::array<int64_t, 4> packed = {16, args.panels(), args.channels, WinogradConv2dArgs::kPanel};
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, kOp, ": weight must be float32, got ", weight.scalar_type());
+  const std::array<int64_t, 4> packed = {args.panels(), args.channels, 9, WinogradConv2dArgs::kPanel};
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), kOp, ": weight must have x's dtype ", x.scalar_type(),
+                   ", got ", weight.scalar_type());
   TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(packed) && weight.is_contiguous(), kOp,
                     ": weight must be contiguous, of shape ", at::IntArrayRef(packed),
                     " for these channels (see winograd_weight), got ", weight.sizes());
-  args.weight = weight.const_data_ptr<float>();
+  args.weight = weight.const_data_ptr();
   if (bias.has_value()) {
     check_no_grad(kOp, "bias", *bias);
     check_device(kOp, "bias", *bias, x.device());
@@ -59,9 +61,17 @@ void winograd_conv2d_op(const at::Tensor& x, const at::Tensor& weight, const std
   at::assert_no_overlap(out, x), at::assert_no_overlap(out, weight);
   if (out.numel() == 0) return;
 
-  // Choose: few blocks share the panels too, of which each is then read once.
+  // Choose: blocks alike, and as many groups of panels as leave the least to the worker who has most.
   const int64_t threads = at::get_num_threads();
-  args.groups = args.blocks() >= 4 * threads ? 1 : std::min(args.panels(), threads);
+  args.block = WinogradConv2dArgs::kMostTiles;
+  args.block = ((args.tiles() + args.blocks() - 1) / args.blocks() + 3) / 4 * 4;
+  const auto most = [&](int64_t groups) {
+    return (args.blocks() * groups + threads - 1) / threads * ((args.panels() + groups - 1) / groups);
+  };
+  args.groups = 1;
+  for (int64_t groups = 2; groups <= std::min(args.panels(), threads); ++groups) {
+    if (most(groups) < most(args.groups)) args.groups = groups;
+  }
   args.workers = std::min(threads, args.blocks() * args.groups);
   args.product = torch_tile_product();
 

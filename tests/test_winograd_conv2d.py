@@ -28,14 +28,24 @@ W, B = drawn(24, 20, 3, 3, seed=1), drawn(24, seed=2)
 X, PACKED = channels_last(drawn(2, 20, 9, 7)), pygen.winograd_weight(W)
 
 
-@pytest.mark.parametrize(("channels", "side", "outputs"), [(320, 32, 320), (1280, 8, 640), (64, 65, 96)])
-def test_errs_no_more_than_a_direct_convolution(channels: int, side: int, outputs: int) -> None:
-    x = channels_last(drawn(2, channels, side, side))
-    w, b = drawn(outputs, channels, 3, 3, seed=1) / (9 * channels) ** 0.5, drawn(outputs, seed=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("channels", "side", "outputs"), [(320, 32, 320), (1280, 8, 640), (128, 33, 70), (64, 65, 96)])
+def test_errs_no_more_than_a_direct_convolution(channels: int, side: int, outputs: int, dtype: torch.dtype) -> None:
+    x = channels_last(drawn(2, channels, side, side).to(dtype))
+    w, b = (drawn(outputs, channels, 3, 3, seed=1) / (9 * channels) ** 0.5).to(dtype), drawn(outputs, seed=2).to(dtype)
     found = pygen.winograd_conv2d(x, pygen.winograd_weight(w), b, out_channels=outputs)
     assert found.is_contiguous(memory_format=torch.channels_last)
     truth = conv2d(x.double(), w.double(), b.double(), padding=1)
     assert_error_rule([(found, conv2d(x, w, b, padding=1), truth)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_computes_by_it(dtype: torch.dtype) -> None:
+    layer = Conv2d(130, 96, 3, padding=1).to(dtype).requires_grad_(False)
+    x = channels_last(drawn(2, 130, 20, 24).to(dtype))
+    packed = pygen.winograd_weight(layer.weight)
+    if _C.isa().startswith("avx512") and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
+        assert torch.equal(layer(x), pygen.winograd_conv2d(x, packed, layer.bias, out_channels=96))
 
 
 @pytest.mark.parametrize("frozen", [(), ("x",), ("weight", "bias")], ids=lambda names: "and".join(names) or "none")
@@ -66,8 +76,8 @@ def test_learns_as_a_direct_convolution_does(frozen: tuple[str, ...]) -> None:
 
 
 def test_the_same_bits_on_any_number_of_threads_and_in_any_batch() -> None:
-    x = channels_last(drawn(3, 40, 30, 22))
-    packed = pygen.winograd_weight(drawn(200, 40, 3, 3, seed=1))
+    x = channels_last(drawn(3, 150, 46, 38))
+    packed = pygen.winograd_weight(drawn(200, 150, 3, 3, seed=1))
     whole = pygen.winograd_conv2d(x, packed, out_channels=200)
     threads = torch.get_num_threads()
     try:
@@ -95,10 +105,11 @@ def test_records_and_writes_in_place() -> None:
         ({"x": X[0]}, ValueError, "x must have shape (batch, channels, height, width), got torch.Size([20, 9, 7])"),
         ({"x": X.contiguous()}, ValueError, "x must be channels-last"),
         ({"x": X.double()}, TypeError, "x must be float32, bfloat16 or float16"),
-        ({"x": X[:, :8]}, ValueError, "weight must be contiguous, of shape [16, 1, 8, 64]"),
-        ({"weight": PACKED.half()}, TypeError, "weight must be float32, got Half"),
-        ({"weight": W}, ValueError, "weight must be contiguous, of shape [16, 1, 20, 64]"),
-        ({"out_channels": 65}, ValueError, "weight must be contiguous, of shape [16, 2, 20, 64]"),
+        ({"x": X[:, :8]}, ValueError, "weight must be contiguous, of shape [1, 8, 9, 64]"),
+        ({"weight": PACKED.half()}, TypeError, "weight must have x's dtype Float, got Half"),
+        ({"weight": W}, ValueError, "weight must be contiguous, of shape [1, 20, 9, 64]"),
+        ({"x": X[:, :0]}, ValueError, "x must have channels"),
+        ({"out_channels": 65}, ValueError, "weight must be contiguous, of shape [2, 20, 9, 64]"),
         ({"out_channels": 0}, ValueError, "out_channels must be positive, got 0"),
         ({"bias": B[:8]}, ValueError, "bias must be contiguous, of shape 24, got [8]"),
         ({"bias": B.half()}, TypeError, "bias must have x's dtype Float, got Half"),

@@ -71,9 +71,10 @@ def _packed_convolution(module: nn.Conv2d, x: Tensor) -> Convolution:
 
 
 def _by_winograd(module: nn.Conv2d, x: Tensor) -> bool:
-    """Else its products are slower than oneDNN's."""
+    """Else its products are slower than oneDNN's: those of bfloat16 by a matrix unit too, or where tiles are few."""
     many = min(module.weight.shape[:2]) >= 64 and _C.isa().startswith("avx512")
-    return _is_3x3(module) and x.dtype == torch.float32 and many
+    enough = x.dtype == torch.float32 or (x.numel() // x.shape[1] >= 512 and not torch.cpu._is_amx_tile_supported())
+    return _is_3x3(module) and many and enough
 
 
 def _learns_by_winograd(module: nn.Conv2d, x: Tensor) -> bool:
@@ -82,7 +83,7 @@ def _learns_by_winograd(module: nn.Conv2d, x: Tensor) -> bool:
         return False
     pixels, side = x.numel() // x.shape[1], min(x.shape[2:])
     enough = side >= 8 and pixels >= 2048 and pixels * module.weight.numel() >= 9 << 25
-    return enough and _by_winograd(module, x)
+    return enough and x.dtype == torch.float32 and _by_winograd(module, x)
 
 
 def _is_3x3(module: nn.Conv2d) -> bool:

@@ -1,15 +1,18 @@
-"""winograd_conv2d: 3x3 convolutions of images with many channels, by 16 products in the place of 36.
+"""winograd_conv2d: 3x3 convolutions of images with many channels, by 16 products in the place of 36, or 36 of 144.
 
-Four neighbouring outputs see 4x4 pixels. With the transforms of F(2x2, 3x3) (Lavin & Gray 2015)
+Tiles of m x m outputs see (m + 2) x (m + 2) pixels. With the transforms of F(m x m, 3x3) (Lavin & Gray 2015)
 
     Y = A^T ((G g G^T) * (B^T d B)) A
 
-of weight g and pixels d, summed over channels, they are 16 products each, which for all tiles of an image are 16
-matrix products. The sums are float32, and err no more than a direct convolution's.
+of weight g and pixels d, summed over channels, they are as many products, which for all tiles of an image are that many
+matrix products. Transforms and sums are float32. Tiles are 4 x 4, at the points 0, 2/3, -2/3, 3/2, -3/2 and
+infinity (with the usual 1 and 2 the errors are twice as large), which err no more than a direct convolution of as many
+channels; of float32 and less than 128 channels they are 2 x 2.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -30,28 +33,15 @@ def winograd_weight(weight: Tensor) -> Tensor:
     """What ``winograd_conv2d`` multiplies with, of the weight of a convolution.
 
     Args:
-        weight: (out_channels, channels, 3, 3), of floating point.
+        weight: (out_channels, channels, 3, 3), float32, bfloat16 or float16.
 
     Returns:
-        float32 (16, panels, channels, 64): G g G^T, 64 outputs to a panel.
+        (panels, channels, 9, 64), in the same dtype: 64 outputs to a panel.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"winograd_weight: weight must have shape (out_channels, channels, 3, 3), got {weight.shape}")
-    g = weight.detach().float().permute(2, 3, 1, 0).contiguous()
-    g = functional.pad(g, (0, -g.shape[3] % _PANEL)).unflatten(3, (-1, _PANEL)).transpose(2, 3)
-    rows, planes = g.new_empty(4, 3, *g.shape[2:]), g.new_empty(4, 4, *g.shape[2:])
-    _by_g(g, rows)
-    _by_g(rows.transpose(0, 1), planes.transpose(0, 1))
-    return planes.flatten(0, 1)
-
-
-def _by_g(taps: Tensor, out: Tensor) -> None:
-    """The matrix G, whose rows are (1, 0, 0), (1, 1, 1) / 2, (1, -1, 1) / 2 and (0, 0, 1), times three taps."""
-    sides = torch.add(taps[0], taps[2], out=out[2])
-    torch.add(sides, taps[1], out=out[1])
-    sides.sub_(taps[1])
-    out[1:3].mul_(0.5)
-    out[::3].copy_(taps[::2])
+    taps = functional.pad(weight.detach().flatten(2), (0, 0, 0, 0, 0, -len(weight) % _PANEL))
+    return taps.unflatten(0, (-1, _PANEL)).permute(0, 2, 3, 1).contiguous()
 
 
 def winograd_conv2d(
@@ -63,7 +53,7 @@ def winograd_conv2d(
 
     Args:
         x: (batch, channels, height, width), float32, bfloat16 or float16, channels-last.
-        weight: float32 (16, panels, channels, 64), as ``winograd_weight`` makes it.
+        weight: (panels, channels, 9, 64), in x's dtype, as ``winograd_weight`` makes it.
         bias: (out_channels,), in x's dtype.
         out_channels: how many there are.
         out: (batch, out_channels, height, width), channels-last, in x's dtype: receives the result; new where left out.
@@ -123,12 +113,9 @@ class _Learning(torch.autograd.Function):
 
 def winograd_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, *, out_channels: int) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
-    planes = weight.to(compute).transpose(1, 2).flatten(2)[..., :out_channels].unflatten(0, (4, 4))
-    for dim in (0, 1):  # a weight's first and last are there, and the second is a difference
-        first, second, third, last = planes.unbind(dim)
-        planes = torch.stack((first, second - third, last), dim)
+    taps = weight.to(compute).permute(0, 3, 1, 2).flatten(0, 1)[:out_channels].unflatten(2, (3, 3))
     bias = None if bias is None else bias.to(compute)
-    return functional.conv2d(x.to(compute), planes.permute(3, 2, 0, 1), bias, padding=1).to(x.dtype)
+    return functional.conv2d(x.to(compute), taps, bias, padding=1).to(x.dtype)
 
 
 _kernel = torch.ops.pygen.winograd_conv2d.default
@@ -147,7 +134,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
             return torch.randn(size, generator=generator)
 
         x = tensor(batch, channels, height, width).to(dtype).to(memory_format=torch.channels_last)
-        weight = winograd_weight(tensor(outputs, channels, 3, 3) / (9 * channels) ** 0.5)
+        weight = winograd_weight((tensor(outputs, channels, 3, 3) / (9 * channels) ** 0.5).to(dtype))
         out = torch.empty(batch, outputs, height, width, dtype=dtype, memory_format=torch.channels_last)
         arguments = {"x": x, "weight": weight, "bias": tensor(outputs).to(dtype), "out_channels": outputs}
         return Example(name, arguments | {"out": out.fill_(math.nan)}, own_bits=True)
@@ -158,7 +145,9 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
         yield example("every count of outputs", 1, 12, 5, 8, outputs)
     for height, width in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (1, 9), (9, 1), (7, 4), (16, 16)):
         yield example("every size", 2, 24, height, width, 24)
+        yield example("every size of many channels", 2, 130, height, width, 24)
     yield example("many blocks", 3, 16, 33, 21, 80)
+    yield example("many blocks of many channels", 3, 192, 33, 21, 80)
     yield example("latents", 2, 320, 8, 8, 320)
     yield example("empty batch", 0, 8, 4, 4, 8)
     plain = example("no bias", 2, 10, 7, 7, 70)
@@ -166,8 +155,8 @@ def _examples(dtype: torch.dtype) -> Iterator[Example]:
     part = example("a part of an image", 2, 20, 5, 6, 12)
     image = torch.randn(2, 9, 8, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
     yield Example(part.name, part.arguments | {"x": image.permute(0, 3, 1, 2)[:, 7:27, 1:6, 2:]}, own_bits=True)
-    for value in (math.nan, math.inf, -math.inf):
-        odd = example(f"{value} in places", 2, 20, 9, 10, 70)
+    for value, channels in itertools.product((math.nan, math.inf, -math.inf), (20, 140)):
+        odd = example(f"{value} in places", 2, channels, 9, 10, 70)
         odd.arguments["x"][0, 3, 4, 5], odd.arguments["x"][1, 19, 0, 9], odd.arguments["x"][1, 0, 8, 0] = (value,) * 3
         yield odd
     large = example("large values", 1, 20, 8, 8, 20)
@@ -180,9 +169,16 @@ def _benchmarks(dtype: torch.dtype) -> Iterator[Example]:
              "its first blocks": (2, 320, 64, 320)}  # fmt: skip
     for name, (batch, channels, side, outputs) in sizes.items():
         x = torch.randn(batch, channels, side, side).to(dtype).to(memory_format=torch.channels_last)
-        weight = winograd_weight(torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5)
+        weight = winograd_weight((torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5).to(dtype))
         arguments = {"x": x, "weight": weight, "bias": torch.randn(outputs).to(dtype), "out_channels": outputs}
         yield Example(name, arguments | {"out": torch.empty_like(x)})
+
+
+def _flops(example: Example) -> int:
+    """Of the products, of whole tiles; a direct convolution has 2.25 times as many, or 4 times."""
+    x, out = example.arguments["x"], example.arguments["out"]
+    taps = 16 / 4 if x.dtype == torch.float32 and x.shape[1] < 128 else 36 / 16
+    return int(2 * taps * x.shape[1] * out.numel())
 
 
 WINOGRAD_CONV2D = OpSpec(
@@ -194,7 +190,6 @@ WINOGRAD_CONV2D = OpSpec(
     backends=_BACKENDS,
     examples=_examples,
     bytes_moved=lambda example: tensor_bytes(*(example.arguments[name] for name in ("x", "weight", "out"))),
-    # Of the 16 products; a direct convolution has 2.25 times as many.
-    flops=lambda example: 8 * example.arguments["out"].numel() * example.arguments["x"].shape[1],
+    flops=_flops,
     benchmarks=_benchmarks,
 )

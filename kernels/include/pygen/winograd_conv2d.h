@@ -1,7 +1,9 @@
-// winograd_conv2d: a 3x3 convolution of stride 1, padded by 1, by tiles of 2x2 pixels (Lavin & Gray 2015, F(2x2, 3x3)):
-// what 4 pixels see is 4x4 pixels, whose transform is multiplied by that of the weight: 16 products in the place of 36.
+// winograd_conv2d: a 3x3 convolution of stride 1, padded by 1, by tiles (Lavin & Gray 2015): what the outputs of a tile
+// see is transformed and multiplied by the transform of the weight. For 4x4 outputs these are 36 products in the place
+// of 144, for 2x2 they are 16 in the place of 36.
 //
-// Products of many tiles at once are those of matrices, (tiles, channels) (channels, outputs), one of each of the 16.
+// Products of many tiles at once are those of matrices, (tiles, channels) (channels, outputs), one of each plane.
+// Weights are transformed on the way: their transforms are 4 times as large, and 8 times where they are halves.
 #pragma once
 
 #include "pygen/isa.h"
@@ -11,36 +13,45 @@
 namespace pygen {
 
 struct WinogradConv2dArgs {
-  static constexpr int64_t kTiles = 128;  // of a block
-  static constexpr int64_t kPanel = 64;   // outputs that are computed at once
+  static constexpr int64_t kMostTiles = 64;  // of a block
+  static constexpr int64_t kChannels = 64;   // that are multiplied at once
+  static constexpr int64_t kPanel = 64;      // outputs that are computed at once
 
   int64_t batch, height, width, channels, outputs;
-  Operand x, out;       // of one dtype; strides of batch, rows, columns: channels lie side by side
-  const float* weight;  // the transformed: (16, panels, channels, kPanel), 64-byte aligned
-  const void* bias;     // of x's dtype, or null
+  Operand x, out;      // of one dtype; strides of batch, rows, columns: channels lie side by side
+  const void* weight;  // of x's dtype: (panels, channels, 9, kPanel)
+  const void* bias;    // likewise, or null
   TileProduct product;
-  char* memory;             // 64-byte aligned: of each worker, WinogradLayout(args).bytes
-  int64_t workers, groups;  // groups: of panels, which are units of work as blocks of tiles are
+  char* memory;  // 64-byte aligned: of each worker, WinogradLayout(args).bytes
+  int64_t workers;
+  int64_t block, groups;  // of tiles and of panels: of both are the units of work
+
+  // Outputs of a tile in each direction. Of a float32 the larger tiles lose a few more of the last bits than the
+  // smaller, which only the sums of a direct convolution of many channels lose too.
+  constexpr int side() const { return x.dtype == DType::kFloat32 && channels < 128 ? 2 : 4; }
 
   constexpr int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
-  constexpr int64_t rows_of_tiles() const { return (height + 1) / 2; }
-  constexpr int64_t columns_of_tiles() const { return (width + 1) / 2; }
+  constexpr int64_t rows_of_tiles() const { return (height + side() - 1) / side(); }
+  constexpr int64_t columns_of_tiles() const { return (width + side() - 1) / side(); }
   constexpr int64_t tiles() const { return batch * rows_of_tiles() * columns_of_tiles(); }
-  constexpr int64_t blocks() const { return (tiles() + kTiles - 1) / kTiles; }
+  constexpr int64_t blocks() const { return (tiles() + block - 1) / block; }
 };
 
-// A worker's memory, in floats: transformed tiles (16, kTiles, channels), products (16, kTiles, kPanel), and zeros in
-// the place of the pixels outside. The 16 lie a cache line apart, or they would fall into the same sets.
+// A worker's memory, in floats: of some channels a block's transformed tiles (planes, tiles, kChannels) and a panel's
+// transformed weight (planes, kChannels, kPanel); and the products of a group (panels, planes, tiles, kPanel). Planes
+// lie a cache line apart, or they would fall into the same sets.
 struct WinogradLayout {
-  int64_t width, plane, of_products, products, zeros, bytes;
+  int64_t planes, tile_plane, weight_plane, product_plane, weight, products, bytes;
 
   constexpr explicit WinogradLayout(const WinogradConv2dArgs& args) {
-    width = (args.channels + 15) / 16 * 16;
-    plane = args.kTiles * width + 16;
-    of_products = args.kTiles * args.kPanel + 16;
-    products = 16 * plane;
-    zeros = products + 16 * of_products;
-    bytes = (zeros + width) * 4;
+    using Args = WinogradConv2dArgs;
+    planes = (args.side() + 2) * (args.side() + 2);
+    tile_plane = args.block * Args::kChannels + 16;
+    weight_plane = Args::kChannels * Args::kPanel + 16;
+    product_plane = args.block * Args::kPanel + 16;
+    weight = planes * tile_plane;
+    products = weight + planes * weight_plane;
+    bytes = (products + (args.panels() + args.groups - 1) / args.groups * planes * product_plane) * 4;
   }
 };
 

@@ -36,6 +36,27 @@ def test_errs_no_more_than_torch(
         assert_error_rule([(pygen.attention(q, k, v, causal=causal), same, truth)], f"causal: {causal}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["growing", "shrinking", "one far above", "all far below", "nan", "inf", "-inf"])
+def test_scores_of_any_course_over_the_keys(case: str, dtype: torch.dtype) -> None:
+    q, k, v = (drawn(1, 2, length, 40, seed=seed) for seed, length in enumerate((300, 832, 832)))
+    if case in ("growing", "shrinking"):
+        k *= torch.linspace(0.1, 20.0, 832).flip(0 if case == "shrinking" else ()).unsqueeze(1)
+    elif case == "one far above":
+        k[:, :, 400] *= 60
+    elif case == "all far below":  # what the first keys have
+        k[:, :, :64] *= 60
+    else:
+        k[:, 0, 500, 3] = float(case)
+    q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
+    for causal, keys in ((False, 832), (True, 832), (False, 777)):
+        same = scaled_dot_product_attention(q, k[:, :, :keys], v[:, :, :keys], is_causal=causal)
+        wide = (tensor.double() for tensor in (q, k[:, :, :keys], v[:, :, :keys]))
+        truth = scaled_dot_product_attention(*wide, is_causal=causal)
+        lengths = torch.tensor([keys]) if keys < 832 else None
+        assert_error_rule([(pygen.attention(q, k, v, causal=causal, lengths=lengths), same, truth)], f"{causal} {keys}")
+
+
 def gradients(function: Any, *tensors: torch.Tensor, grad: torch.Tensor, **arguments: Any) -> list[torch.Tensor]:
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     function(*leaves, **arguments).backward(grad.to(leaves[0].dtype))

@@ -46,6 +46,8 @@ def test_a_layer_computes_by_it(dtype: torch.dtype) -> None:
     packed = pygen.winograd_weight(layer.weight)
     if _C.isa().startswith("avx512") and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
         assert torch.equal(layer(x), pygen.winograd_conv2d(x, packed, layer.bias, out_channels=96))
+    alone = x[0].contiguous()
+    assert torch.equal(layer(alone), conv2d(alone, layer.weight, layer.bias, padding=1))
 
 
 @pytest.mark.parametrize("frozen", [(), ("x",), ("weight", "bias")], ids=lambda names: "and".join(names) or "none")

@@ -1,4 +1,5 @@
 #include "attention_tile.h"
+#include "quick_weights.h"
 
 namespace pygen::PYGEN_ISA {
 namespace {
@@ -52,14 +53,31 @@ struct Tile {
   void meet(const char* block, int64_t begin, int64_t from, int64_t to, bool first_block) {
     const int64_t here = (to - begin + 15) / 16 * 16;
     const Multiply product(args, layout, 128);
-    product(rows, here, layout.depth, left_stride, layout.panel, kKeys, false, left, block, scores);
-    for (int64_t r = 0; r < rows; r += kLanes) {
-      weigh(r, begin, from, to, here, first_block);
-      for (int i = 0; args.dropout.philox.seed != nullptr && i < kLanes; ++i) drop(r + i, begin, here);
+    if (!weigh_quickly(block, begin, from, to, first_block)) {
+      product(rows, here, layout.depth, left_stride, layout.panel, kKeys, false, left, block, scores);
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        weigh(r, begin, from, to, here, first_block);
+        for (int i = 0; args.dropout.philox.seed != nullptr && i < kLanes; ++i) drop(r + i, begin, here);
+      }
     }
     const void* const a = layout.halves ? static_cast<const void*>(weights) : scores;
     product(rows, layout.width, here, kKeys, layout.width, layout.width, !first_block, a, block + layout.key_bytes,
             sums);
+  }
+
+  // The weights of keys that all rows see, where nothing else is asked about them. Returns whether they are done.
+  bool weigh_quickly(const char* block, int64_t begin, int64_t from, int64_t to, bool first_block) {
+    const bool all = from == begin && (to - begin) % QuickWeights::kColumns == 0 &&
+                     first + count - 1 - args.before <= begin && first + std::min(args.after, args.keys) + 1 >= to;
+    const bool plain = layout.halves && args.mask.data == nullptr && args.dropout.philox.seed == nullptr &&
+                       args.logsumexp == nullptr && args.scale > 0 && args.scale < kInfinity;
+    if (!all || !plain) return false;
+    if (QuickWeights::run(layout, static_cast<const uint16_t*>(left), left_stride, block, rows, to - begin, args.scale,
+                          first_block, weights, largest, total)) {
+      return true;
+    }
+    if (first_block) std::fill_n(largest, rows, -kInfinity);
+    return false;
   }
 
   // Makes the scores of kLanes rows -inf that are not seen. Returns whether they were scaled as well.

@@ -46,7 +46,7 @@ Convolution = Callable[[Tensor], Tensor]
 
 def convolve(module: nn.Conv2d, held: Held[Convolution], x: Tensor) -> Tensor:
     """``module``'s convolution, channels-last."""
-    if not packs(module, x):
+    if x.dim() != 4 or not packs(module, x):
         if _learns_by_winograd(module, x):
             return learning_winograd_conv2d(x, module.weight, module.bias)
         return nn.Conv2d.forward(module, x)
@@ -55,15 +55,14 @@ def convolve(module: nn.Conv2d, held: Held[Convolution], x: Tensor) -> Tensor:
 
 
 def _packed_convolution(module: nn.Conv2d, x: Tensor) -> Convolution:
-    """In float32 and of many channels by Winograd's products; else by oneDNN, as bfloat16, whose products cost less. Of
-    one pixel as a linear layer: oneDNN's order of its weight fits all sizes of x, its convolution's only those of the
-    first x, and would be made anew at every call."""
+    """Of many channels by Winograd's products, else by oneDNN. Of one pixel as a linear layer: oneDNN's order of its
+    weight fits all sizes of x, its convolution's only those of the first x, and would be made anew at every call."""
     if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0) and module.groups == 1:
         matrix = _packed_matrix(module.weight.flatten(1), x.permute(0, 2, 3, 1))
         return lambda x: _product(x.permute(0, 2, 3, 1), matrix, module.bias).permute(0, 3, 1, 2)
     if _by_winograd(module, x):
-        transformed = winograd_weight(module.weight)
-        return lambda x: winograd_conv2d(x, transformed, module.bias, out_channels=module.out_channels)
+        packed = winograd_weight(module.weight)
+        return lambda x: winograd_conv2d(x, packed, module.bias, out_channels=module.out_channels)
     how = (module.padding, module.stride, module.dilation, module.groups)
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
     weight = reorder(module.weight.detach().to_mkldnn(), *how, list(x.shape))
@@ -71,19 +70,22 @@ def _packed_convolution(module: nn.Conv2d, x: Tensor) -> Convolution:
 
 
 def _by_winograd(module: nn.Conv2d, x: Tensor) -> bool:
-    """Else its products are slower than oneDNN's: those of bfloat16 by a matrix unit too, or where tiles are few."""
+    """Else its products are slower than oneDNN's: those of bfloat16 where tiles are few, or by a matrix unit."""
     many = min(module.weight.shape[:2]) >= 64 and _C.isa().startswith("avx512")
-    enough = x.dtype == torch.float32 or (x.numel() // x.shape[1] >= 512 and not torch.cpu._is_amx_tile_supported())
+    enough = x.dtype == torch.float32 or (_pixels(x) >= 512 and not torch.cpu._is_amx_tile_supported())
     return _is_3x3(module) and many and enough
 
 
 def _learns_by_winograd(module: nn.Conv2d, x: Tensor) -> bool:
-    """Where so much is multiplied that a weight may be transformed at every step."""
+    """Where so much is multiplied that a weight may be packed at every step."""
     if x.dim() != 4 or not learning(x, module.weight, module.bias) or not _computes(module, x):
         return False
-    pixels, side = x.numel() // x.shape[1], min(x.shape[2:])
-    enough = side >= 8 and pixels >= 2048 and pixels * module.weight.numel() >= 9 << 25
+    enough = _pixels(x) >= 512 and _pixels(x) * module.weight.numel() >= 9 << 23 and min(x.shape[2:]) >= 6
     return enough and x.dtype == torch.float32 and _by_winograd(module, x)
+
+
+def _pixels(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
 
 
 def _is_3x3(module: nn.Conv2d) -> bool:
@@ -385,8 +387,6 @@ def silu_of_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shi
     weight: Tensor | None = norm.weight
     bias: Tensor | None = norm.bias
     if scale is not None and shift is not None:
-        if reference_is_asked_for():  # with the roundings of the formula as it is written
-            return nn.functional.silu(norm(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
         factor = 1 + scale.to(torch.promote_types(scale.dtype, torch.float32))
         weight = factor if weight is None else weight * factor
         bias = shift.to(factor.dtype) if bias is None else bias * factor + shift

@@ -80,7 +80,7 @@ def _learns_by_winograd(module: nn.Conv2d, x: Tensor) -> bool:
     """Where so much is multiplied that a weight may be packed at every step."""
     if x.dim() != 4 or not learning(x, module.weight, module.bias) or not _computes(module, x):
         return False
-    enough = _pixels(x) >= 512 and _pixels(x) * module.weight.numel() >= 9 << 23 and min(x.shape[2:]) >= 6
+    enough = _pixels(x) >= 512 and _pixels(x) * module.weight.numel() >= 9 << 23 and min(x.shape[2:]) >= 8
     return enough and x.dtype == torch.float32 and _by_winograd(module, x)
 
 

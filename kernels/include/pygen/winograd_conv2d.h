@@ -28,7 +28,7 @@ struct WinogradConv2dArgs {
 
   // Outputs of a tile in each direction. Of a float32 the larger tiles lose a few more of the last bits than the
   // smaller, which only the sums of a direct convolution of many channels lose too.
-  constexpr int side() const { return x.dtype == DType::kFloat32 && channels < 128 ? 2 : 4; }
+  constexpr int side() const { return x.dtype == DType::kFloat32 && channels < 256 ? 2 : 4; }
 
   constexpr int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
   constexpr int64_t rows_of_tiles() const { return (height + side() - 1) / side(); }

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pygen
-from bench import decoder, drop_ins, gpu, llama, run
+from bench import decoder, drop_ins, gpu, llama, run, unet
 from bench.cases import Case, Work
 from bench.measure import LEAST_ROUNDS, Spread, interleaved
 from bench.steps import LARGE, SMALL, STEPS
@@ -187,6 +187,19 @@ def test_the_verdict_names_what_misses_a_goal():
     small, large = drop_ins.verdicts([quick, slow, *large])
     assert small == "drop-ins (2, 4, 64, 64) within 25 us: 1 of 2, but for B"
     assert large == "drop-ins (8, 4, 128, 128) within 1.3 floors: 1 of 2, but for B"
+
+
+def test_a_models_verdict_names_its_peers_and_goals():
+    def result(dtype: str, **seconds: float) -> run.Result:
+        times = {column: Spread(*[each] * 3) for column, each in seconds.items()}
+        return run.Result("unet", "", f"DiT-L/2, {dtype}", "warm", dtype, 64, 64, None, 1.0, 0.1, times)
+
+    halves, floats = result("bfloat16", pygen=2.0, diffusers=3.0, OpenVINO=2.5), result("float32", pygen=5, diffusers=6)
+    assert [*unet.verdicts([halves, floats])] == [
+        "DiT-L/2, bfloat16: 1.50 times torch channels-last (goal: 1.35); 1.25 times OpenVINO (goal: 1.22); "
+        "3.00 times torch in float32 (goal: 2.7)",
+        "DiT-L/2, float32: 1.20 times torch channels-last (goal: 1.3)",
+    ]
 
 
 def case_of(results: Any, calls: dict[str, Any]) -> Case:

@@ -44,8 +44,13 @@ def test_a_layer_computes_by_it(dtype: torch.dtype) -> None:
     layer = Conv2d(270, 96, 3, padding=1).to(dtype).requires_grad_(False)
     x = channels_last(drawn(2, 270, 20, 24).to(dtype))
     packed = pygen.winograd_weight(layer.weight)
+    layer(x[:, :, :3, :3])
     if _C.isa().startswith("avx512") and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
         assert torch.equal(layer(x), pygen.winograd_conv2d(x, packed, layer.bias, out_channels=96))
+    few = x[:, :, :5, :5].contiguous(memory_format=torch.channels_last)  # of another way, whichever was the first
+    wide = layer.weight.double(), layer.bias.double()
+    truth = conv2d(few.double(), *wide, padding=1)
+    assert_error_rule([(layer(few), conv2d(few, layer.weight, layer.bias, padding=1), truth)])
     alone = x[0].contiguous()
     assert torch.equal(layer(alone), conv2d(alone, layer.weight, layer.bias, padding=1))
 

@@ -51,18 +51,34 @@ def convolve(module: nn.Conv2d, held: Held[Convolution], x: Tensor) -> Tensor:
             return learning_winograd_conv2d(x, module.weight, module.bias)
         return nn.Conv2d.forward(module, x)
     x = x.contiguous(memory_format=torch.channels_last)
-    return held.get((module.weight,), lambda: _packed_convolution(module, x))(x)
+    return held.get((module.weight,), lambda: _packed_convolution(module))(x)
 
 
-def _packed_convolution(module: nn.Conv2d, x: Tensor) -> Convolution:
-    """Of many channels by Winograd's products, else by oneDNN. Of one pixel as a linear layer: oneDNN's order of its
-    weight fits all sizes of x, its convolution's only those of the first x, and would be made anew at every call."""
+def _packed_convolution(module: nn.Conv2d) -> Convolution:
+    """Of many channels by Winograd's products where the image is large enough, else by oneDNN, each packed when it is
+    asked for."""
+    packed: dict[bool, Convolution] = {}
+
+    def run(x: Tensor) -> Tensor:
+        winograd = _by_winograd(module, x)
+        if winograd not in packed:
+            packed[winograd] = _of_winograd(module) if winograd else _of_onednn(module, x)
+        return packed[winograd](x)
+
+    return run
+
+
+def _of_winograd(module: nn.Conv2d) -> Convolution:
+    weight = winograd_weight(module.weight)
+    return lambda x: winograd_conv2d(x, weight, module.bias, out_channels=module.out_channels)
+
+
+def _of_onednn(module: nn.Conv2d, x: Tensor) -> Convolution:
+    """Of one pixel as a linear layer: oneDNN's order of its weight fits all sizes of x, its convolution's only those of
+    the first x, and would be made anew at every call."""
     if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0) and module.groups == 1:
         matrix = _packed_matrix(module.weight.flatten(1), x.permute(0, 2, 3, 1))
         return lambda x: _product(x.permute(0, 2, 3, 1), matrix, module.bias).permute(0, 3, 1, 2)
-    if _by_winograd(module, x):
-        packed = winograd_weight(module.weight)
-        return lambda x: winograd_conv2d(x, packed, module.bias, out_channels=module.out_channels)
     how = (module.padding, module.stride, module.dilation, module.groups)
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
     weight = reorder(module.weight.detach().to_mkldnn(), *how, list(x.shape))

@@ -118,6 +118,7 @@ def test_records_and_writes_in_place() -> None:
         ({"x": X[:, :0]}, ValueError, "x must have channels"),
         ({"out_channels": 65}, ValueError, "weight must be contiguous, of shape [2, 20, 9, 64]"),
         ({"out_channels": 0}, ValueError, "out_channels must be positive, got 0"),
+        ({"out_channels": -3}, ValueError, "out_channels must be positive, got -3"),
         ({"bias": B[:8]}, ValueError, "bias must be contiguous, of shape 24, got [8]"),
         ({"bias": B.half()}, TypeError, "bias must have x's dtype Float, got Half"),
         (
@@ -140,3 +141,5 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], error: Any, messag
 def test_wrong_weights_are_named() -> None:
     with pytest.raises(ValueError, match=r"weight must have shape \(out_channels, channels, 3, 3\)"):
         pygen.winograd_weight(torch.ones(4, 4, 1, 1))
+    with pytest.raises(TypeError, match=r"weight must be float32, bfloat16 or float16, got torch.float64"):
+        pygen.winograd_weight(torch.ones(4, 4, 3, 3, dtype=torch.float64))

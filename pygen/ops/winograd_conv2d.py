@@ -37,9 +37,14 @@ def winograd_weight(weight: Tensor) -> Tensor:
 
     Returns:
         (panels, channels, 9, 64), in the same dtype: 64 outputs to a panel.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"winograd_weight: weight must have shape (out_channels, channels, 3, 3), got {weight.shape}")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"winograd_weight: weight must be float32, bfloat16 or float16, got {weight.dtype}")
     taps = functional.pad(weight.detach().flatten(2), (0, 0, 0, 0, 0, -len(weight) % _PANEL))
     return taps.unflatten(0, (-1, _PANEL)).permute(0, 2, 3, 1).contiguous()
 
@@ -66,6 +71,8 @@ def winograd_conv2d(
     """
     if x.dim() != 4:
         raise ValueError(f"winograd_conv2d: x must have shape (batch, channels, height, width), got {x.shape}")
+    if out_channels < 1:
+        raise ValueError(f"winograd_conv2d: out_channels must be positive, got {out_channels}")
     if out is None:
         size = (x.shape[0], out_channels, *x.shape[2:])
         out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

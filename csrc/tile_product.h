@@ -3,6 +3,7 @@
 
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
+#include <cpuid.h>
 
 #include <algorithm>
 
@@ -35,6 +36,11 @@ bool torch_multiplies() {
   return can;
 }
 
+inline bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+}
+
 // What of it there is: nothing below the instruction sets that it is made for, so that those in use are the ones named.
 inline TileProduct torch_tile_product() {
   TileProduct product{};
@@ -42,6 +48,7 @@ inline TileProduct torch_tile_product() {
   if (isa() >= Isa::kAvx512Bf16 && torch_multiplies<c10::BFloat16>()) product.bfloat16 = multiply_tile<c10::BFloat16>;
   if (product.float32 != nullptr || product.bfloat16 != nullptr) {
     product.finish = [] { at::native::cpublas::brgemm_release(); };
+    product.matrix_unit = has_amx_bf16();
   }
   return product;
 }

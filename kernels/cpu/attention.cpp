@@ -69,8 +69,9 @@ struct Tile {
   bool weigh_quickly(const char* block, int64_t begin, int64_t from, int64_t to, bool first_block) {
     const bool all = from == begin && (to - begin) % QuickWeights::kColumns == 0 &&
                      first + count - 1 - args.before <= begin && first + std::min(args.after, args.keys) + 1 >= to;
-    const bool plain = layout.halves && args.mask.data == nullptr && args.dropout.philox.seed == nullptr &&
-                       args.logsumexp == nullptr && args.scale > 0 && args.scale < kInfinity;
+    const bool plain = layout.halves && !args.product.matrix_unit && args.mask.data == nullptr &&
+                       args.dropout.philox.seed == nullptr && args.logsumexp == nullptr && args.scale > 0 &&
+                       args.scale < kInfinity;
     if (!all || !plain) return false;
     if (QuickWeights::run(layout, static_cast<const uint16_t*>(left), left_stride, block, rows, to - begin, args.scale,
                           first_block, weights, largest, total)) {

@@ -13,6 +13,7 @@ struct TileProduct {
   void (*bfloat16)(int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride, int64_t c_stride, bool add,
                    const void* a, const void* b, float* c);
   void (*finish)();  // for each thread that has multiplied
+  bool matrix_unit;  // has bfloat16 multiplied faster than vectors can
 };
 
 }  // namespace pygen

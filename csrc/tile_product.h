@@ -36,9 +36,13 @@ bool torch_multiplies() {
   return can;
 }
 
+// Asked once: where machines are virtual, the question leaves them.
 inline bool has_amx_bf16() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+  }();
+  return has;
 }
 
 // What of it there is: nothing below the instruction sets that it is made for, so that those in use are the ones named.

@@ -59,7 +59,7 @@ def test_samples_are_the_same_on_every_instruction_set(solver: str) -> None:
 
 
 def digits(batch: int, dtype: torch.dtype = torch.float32, first: int = 0, **arguments: Any) -> Tensor:
-    """``batch`` guided digits of the shipped model, from the sample whose id is ``first`` on. It computes in float64,
+    """``batch`` guided digits of the shipped model, from the sample whose id is ``first`` on. That computes in float64,
     whatever the samples' dtype: a guided run magnifies roundings in some samples 100 times as much as in most, and
     those of a network would decide, though it is the same on all sides; test_models holds it to the rule."""
     model, description = load_model(DIGITS)

@@ -55,10 +55,11 @@ def test_a_layer_computes_by_it(dtype: torch.dtype) -> None:
     assert torch.equal(layer(alone), conv2d(alone, layer.weight, layer.bias, padding=1))
 
 
+@pytest.mark.parametrize("channels", [64, 260])
 @pytest.mark.parametrize("frozen", [(), ("x",), ("weight", "bias")], ids=lambda names: "and".join(names) or "none")
-def test_learns_as_a_direct_convolution_does(frozen: tuple[str, ...]) -> None:
-    layer = Conv2d(260, 130, 3, padding=1)
-    given = {"x": channels_last(drawn(4, 260, 30, 18)), **dict(layer.named_parameters())}
+def test_learns_as_a_direct_convolution_does(frozen: tuple[str, ...], channels: int) -> None:
+    layer = Conv2d(channels, 130, 3, padding=1)
+    given = {"x": channels_last(drawn(4, channels, 30, 18)), **dict(layer.named_parameters())}
     of = [name for name in given if name not in frozen]
     given["x"].requires_grad_()
     grad = drawn(4, 130, 30, 18, seed=5)
@@ -82,9 +83,10 @@ def test_learns_as_a_direct_convolution_does(frozen: tuple[str, ...]) -> None:
         assert_error_rule([(layer(given["x"]), same[0], truth[0])])
 
 
-def test_the_same_bits_on_any_number_of_threads_and_in_any_batch() -> None:
-    x = channels_last(drawn(3, 280, 46, 38))
-    packed = pygen.winograd_weight(drawn(200, 280, 3, 3, seed=1))
+@pytest.mark.parametrize("channels", [40, 280])
+def test_the_same_bits_on_any_number_of_threads_and_in_any_batch(channels: int) -> None:
+    x = channels_last(drawn(3, channels, 46, 38))
+    packed = pygen.winograd_weight(drawn(200, channels, 3, 3, seed=1))
     whole = pygen.winograd_conv2d(x, packed, out_channels=200)
     threads = torch.get_num_threads()
     try:
